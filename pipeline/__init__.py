@@ -1,0 +1,29 @@
+"""The Beam plugin: scores tables with a `vae_model` bundle inside a pipeline.
+
+Importing this package loads neither Beam nor TensorFlow.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.sinks import WriteDeadLetters, WriteTables
+    from pipeline.sources import ReadTables
+    from pipeline.transforms import ScoreTables, VAEScoreDoFn
+
+_HOME = {
+    "ReadTables": "sources",
+    "ScoreTables": "transforms",
+    "VAEScoreDoFn": "transforms",
+    "WriteDeadLetters": "sinks",
+    "WriteTables": "sinks",
+}
+
+__all__ = ["ReadTables", "ScoreTables", "VAEScoreDoFn", "WriteDeadLetters", "WriteTables"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

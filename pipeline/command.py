@@ -1,0 +1,94 @@
+"""The commands that need Beam: `run` and `demo`. Beam itself loads when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.options import add_arguments, check
+from vae_model.cli import formatter, guarded
+
+RUN_HELP = "Score files in a Beam job: every record ends up scored or among the dead letters."
+_LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `run` and `demo` to a program's subcommands."""
+    run = commands.add_parser(
+        "run",
+        help=RUN_HELP,
+        description=RUN_HELP,
+        epilog="Any Beam flag may follow, such as --runner=DataflowRunner --project=... --temp_location=...",
+        formatter_class=formatter(),
+        allow_abbrev=False,
+    )
+    add_arguments(run)
+    run.set_defaults(command=run_job, passes_flags_on=True)
+    demo = commands.add_parser(
+        "demo",
+        help="Train on NYC flights of 2013, score the last quarter in Beam, show what it finds.",
+        formatter_class=formatter(),
+    )
+    demo.add_argument(
+        "--folder", default="demo", metavar="DIR", help="Where tables, bundle and scores go (default demo/)."
+    )
+    demo.set_defaults(command=_run_demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The job alone, as `python -m pipeline`."""
+    parser = argparse.ArgumentParser(
+        "python -m pipeline", description=RUN_HELP, formatter_class=formatter(), allow_abbrev=False
+    )
+    add_arguments(parser)
+    args, others = parser.parse_known_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    args.others = others
+    return guarded(run_job, args)
+
+
+def run_job(args: argparse.Namespace) -> int:
+    """Runs the job and prints its account."""
+    check(args)
+    from pipeline import run
+
+    run.refuse_unknown_flags(args.others)
+    if run.runner_of(args.others) in _LOCAL_RUNNERS:
+        from vae_model.backend import load_quietly
+
+        load_quietly()
+    summary = run.run(args.argv)
+    if summary is not None:
+        print_summary(summary)
+    return 0
+
+
+def print_summary(summary: Any) -> None:
+    """The account of a job, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    rate = summary.num_anomalies / summary.num_scored if summary.num_scored else 0
+    table.add_row("records in", f"{summary.num_records:,}", "")
+    table.add_row("scored", f"{summary.num_scored:,}", summary.output)
+    table.add_row("anomalies", f"{summary.num_anomalies:,}", f"{rate:.2%} of the scored")
+    table.add_row("dead letters", f"{summary.num_dead_letters:,}", summary.dead_letters)
+    if summary.num_unreadable_files:
+        table.add_row("unreadable files", f"{summary.num_unreadable_files:,}", "of unknown length, one letter each")
+    rate = summary.num_records / summary.seconds
+    table.add_row("rows/s", f"{rate:,.0f}", f"{summary.seconds:.1f} s, launch and model loading included")
+    Console().print(table)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from pipeline.demo import demo
+
+    demo(Path(args.folder))
+    return 0

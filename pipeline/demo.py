@@ -1,0 +1,127 @@
+"""The demo: a year of real flights, three quarters to learn from, one to score; then corrupted rows to find."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from vae_model.bundle import Bundle
+from vae_model.config import TrainingConfig
+from vae_model.evaluation import evaluate
+from vae_model.flights import CORRUPTIONS, corrupt, write_flights
+
+NUM_STRANGEST = 10
+NUM_CORRUPTED = 5000
+
+
+def demo(folder: Path, config: TrainingConfig | None = None) -> dict[str, float]:
+    """Runs the demo and prints what it does.
+
+    Args:
+        folder: For tables, bundle and scores; what an earlier demo left there is replaced.
+        config: Of the training; by default the defaults, calibrated on the last block of time.
+
+    Returns:
+        AUROC by kind of corruption.
+    """
+    from vae_model.backend import load_quietly
+
+    load_quietly()
+    from pipeline import run
+    from pipeline.command import print_summary
+    from vae_model.cli import Stages, print_bundle
+    from vae_model.fitting import fit
+
+    console = Console()
+    for old in ("flights", "bundle", "scored"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    console.rule("1. A real table: every flight out of New York City in 2013, a Parquet file a month")
+    paths = write_flights(folder / "flights")
+    rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    console.print(f"{rows:,} rows of {pq.read_schema(paths[0]).names}")
+
+    console.rule("2. Train on January to September")
+    with Stages() as on_progress:
+        bundle = fit(
+            [str(path) for path in paths[:9]],
+            training=config or TrainingConfig(time_column="time_hour"),
+            output=str(folder / "bundle"),
+            on_progress=on_progress,
+        )
+    print_bundle(bundle, str(folder / "bundle"))
+
+    console.rule("3. Score October to December in a Beam job")
+    flags = {
+        "input": folder / "flights" / "flights-2013-1[0-2].parquet",
+        "output": folder / "scored",
+        "bundle": folder / "bundle",
+        "reasons": 3,
+    }
+    argv = [f"--{name}={value}" for name, value in flags.items()] + ["--runner=FnApiRunner"]
+    console.print(f"beam-vae run {' '.join(argv[:-1])}")
+    summary = run.run(argv)
+    if summary is not None:
+        print_summary(summary)
+
+    console.rule(f"4. The {NUM_STRANGEST} strangest flights of the quarter, and why")
+    scored = pq.read_table(folder / "scored")
+    print_strangest(console, scored)
+
+    console.rule("5. Does it detect? Real flights of the quarter, each with one known corruption")
+    quarter = pa.concat_tables([pq.read_table(path) for path in paths[9:]])
+    year = pa.concat_tables([pq.read_table(path) for path in paths])
+    return print_detection(console, bundle, quarter, year)
+
+
+def print_strangest(console: Console, scored: pa.Table) -> None:
+    """The rows with the highest scores, and their reasons."""
+    order = pc.select_k_unstable(scored, NUM_STRANGEST, [("anomaly_score", "descending")])
+    for row in scored.take(order).to_pylist():
+        what = f"{row['time_hour']:%a %d %b}, {row['carrier']} {row['flight']} {row['origin']}-{row['dest']}"
+        table = Table(
+            title=f"{what}: score {row['anomaly_score']:.1f} nats, p = {row['anomaly_p_value']:.1e}",
+            title_justify="left",
+            title_style="bold",
+        )
+        for heading in ("column", "value", "expected", "95 % between", "nats more than usual"):
+            table.add_column(heading)
+        for reason in row["anomaly_reasons"]:
+            between = f"{reason['low']} and {reason['high']}" if reason["low"] is not None else ""
+            value = "missing" if reason["value"] is None else f"{reason['value']} ({reason['direction']})"
+            table.add_row(reason["feature"], value, reason["expected"] or "", between, f"{reason['excess_nats']:.1f}")
+        console.print(table)
+
+
+def print_detection(console: Console, bundle: Bundle, quarter: pa.Table, year: pa.Table) -> dict[str, float]:
+    """Scores corrupted rows among clean ones, kind by kind; returns the AUROCs."""
+    rng = np.random.default_rng(0)
+    table = Table()
+    for heading in ("corruption", "rows", "AUROC", "95 % interval", "found at the threshold", "clean rows flagged"):
+        table.add_column(heading, justify="left" if heading == "corruption" else "right")
+    found = {}
+    for kind in CORRUPTIONS:
+        rows = rng.permutation(quarter.num_rows)[: 2 * NUM_CORRUPTED]
+        clean = quarter.take(pa.array(rows[NUM_CORRUPTED:]))
+        corrupted = corrupt(quarter.take(pa.array(rows[:NUM_CORRUPTED])), kind, pool=year, seed=0)
+        scored = bundle.score(pa.concat_tables([clean, corrupted]))
+        labels = np.arange(scored.num_rows) >= clean.num_rows
+        flagged = scored.column("is_anomaly").to_numpy()
+        auroc = evaluate(labels, scored.column("anomaly_score").to_numpy()).auroc
+        table.add_row(
+            kind,
+            f"{corrupted.num_rows:,}",
+            f"{auroc.value:.3f}",
+            f"{auroc.low:.3f} - {auroc.high:.3f}",
+            f"{flagged[labels].mean():.1%}",
+            f"{flagged[~labels].mean():.1%}",
+        )
+        found[kind] = auroc.value
+    console.print(table)
+    return found

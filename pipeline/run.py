@@ -1,0 +1,236 @@
+"""The batch job: reads files, scores them, writes them, and accounts for every record."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import MetricsFilter
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+from pipeline.options import add_arguments, check
+from pipeline.sinks import WriteDeadLetters, WriteTables, destination
+from pipeline.sources import ReadTables, format_of, launch_schema, split_suffix
+from pipeline.transforms import NAMESPACE, ScoreTables
+from vae_model.bundle import load_bundle
+
+
+class ScoringOptions(PipelineOptions):
+    """What to score, with which bundle, and where results go."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        add_arguments(parser)
+
+
+class DeadLetterLimitError(RuntimeError):
+    """More records could not be scored than the job allows."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The job's account: `num_records = num_scored + num_dead_letters`.
+
+    Args:
+        num_records: Records in.
+        num_scored: Records written with a score.
+        num_anomalies: Of these, labelled anomalies.
+        num_dead_letters: Records that could not be scored; a file of unknown length counts as one.
+        num_unreadable_files: Files whose number of records is not known.
+        seconds: From launch to the last file.
+        output: Where the scored files are.
+        dead_letters: Where the others are.
+    """
+
+    num_records: int
+    num_scored: int
+    num_anomalies: int
+    num_dead_letters: int
+    num_unreadable_files: int
+    seconds: float
+    output: str
+    dead_letters: str
+
+
+def build(pipeline: beam.Pipeline, options: Any) -> None:
+    """Adds the job's steps to a pipeline.
+
+    Args:
+        pipeline: To add to.
+        options: With the attributes that `add_arguments` declares.
+
+    Raises:
+        ValueError: A flag is wrong, or the input does not fit the bundle; nothing has run then.
+        FileNotFoundError: No input file matches.
+        FileExistsError: Scored files are at the output, and `overwrite` is false.
+    """
+    check(options)
+    input_format = format_of(options.input, options.input_format)
+    bundle = load_bundle(options.bundle)
+    found = launch_schema(options.input, input_format)
+    columns = options.columns if options.id_columns is None else options.id_columns
+    score = ScoreTables(options.bundle, options.reasons, options.threshold, options.score_prefix, columns)
+    # Text is read as the types of training, whatever the first lines look like.
+    typed = _with_types(found, bundle.schema.arrow_schema, bundle.schema.names) if input_format != "parquet" else found
+    output_schema = score.output_schema(typed)
+    needed = [field for field in typed if field.name in {*bundle.schema.names, *output_schema.names}]
+    read_schema = pa.schema(needed)
+    output_format = options.output_format or (
+        format_of(options.output) if split_suffix(options.output)[1] else input_format
+    )
+    _make_room(options.output, output_format, options.overwrite)
+
+    read = pipeline | "ReadTables" >> ReadTables(
+        options.input, read_schema, input_format, required=tuple(bundle.schema.names)
+    )
+    scored = read.tables | "ScoreTables" >> score
+    scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
+    letters = (read.dead_letters, scored.dead_letters) | "AllDeadLetters" >> beam.Flatten()
+    letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
+    counts = (
+        scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0)),
+        letters | "CountDeadLetters" >> beam.Map(lambda table: (0, _num_records(table))),
+    ) | "AllCounts" >> beam.Flatten()
+    (
+        counts
+        | "SumCounts" >> beam.CombineGlobally(_SumPairs())
+        | "CheckDeadLetters" >> beam.ParDo(_CheckDeadLetters(options.max_dead_letter_fraction))
+    )
+
+
+def run(argv: Sequence[str] | None = None) -> Summary | None:
+    """Runs the job that the flags describe; flags that are not ours go to Beam.
+
+    Returns:
+        The account once the job is done, or None for a template, which has only been written.
+
+    Raises:
+        DeadLetterLimitError: The job failed for its dead letters.
+    """
+    beam_options = PipelineOptions(argv, save_main_session=False)
+    options = beam_options.view_as(ScoringOptions)
+    pipeline = beam.Pipeline(options=beam_options)
+    build(pipeline, options)
+    start = time.perf_counter()
+    try:
+        result = pipeline.run()
+        if beam_options.get_all_options().get("template_location"):
+            return None
+        result.wait_until_finish()
+    except Exception as error:
+        # Runners wrap what a step raises, each in its own way; the words survive.
+        marker = DeadLetterLimitError.__name__
+        if marker in str(error):
+            text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
+            raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
+        raise
+    return summarize(result, time.perf_counter() - start, options)
+
+
+def summarize(result: Any, seconds: float, options: Any) -> Summary:
+    """The account of a finished job, from its metrics."""
+    counters: dict[str, int] = {}
+    for counter in result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
+        value = counter.committed if counter.committed is not None else counter.attempted
+        counters[counter.key.metric.name] = counters.get(counter.key.metric.name, 0) + value
+    scored, letters = counters.get("num_inferences", 0), counters.get("num_dead_letters", 0)
+    return Summary(
+        num_records=scored + letters,
+        num_scored=scored,
+        num_anomalies=counters.get("num_anomalies", 0),
+        num_dead_letters=letters,
+        num_unreadable_files=counters.get("num_unreadable_files", 0),
+        seconds=seconds,
+        output=options.output,
+        dead_letters=dead_letter_place(options),
+    )
+
+
+def dead_letter_place(options: Any) -> str:
+    """Where dead letters go: by default a folder that readers of the output skip for its underscore."""
+    if options.dead_letters:
+        return str(options.dead_letters)
+    stem, suffix = split_suffix(options.output)
+    folder = stem.rpartition("/")[0] if suffix else options.output.rstrip("/")
+    return f"{folder or '.'}/_dead_letters"
+
+
+def _with_types(found: pa.Schema, trained: pa.Schema, features: Sequence[str]) -> pa.Schema:
+    """The found columns, features with the type that they had in training."""
+    return pa.schema([trained.field(f.name) if f.name in features and f.name in trained.names else f for f in found])
+
+
+def _make_room(output: str, file_format: str, overwrite: bool) -> None:
+    """Refuses, or removes, what an earlier run left: more shards than this one writes would stay among them."""
+    prefix, suffix = destination(output, file_format)
+    old = [metadata.path for metadata in FileSystems.match([f"{prefix}-*-of-*{suffix}"])[0].metadata_list]
+    if old and not overwrite:
+        raise FileExistsError(f"{output}: holds {len(old)} scored files already; choose another place or --overwrite")
+    if old:
+        FileSystems.delete(old)
+
+
+def _num_records(letters: pa.Table) -> int:
+    return int(pa.compute.sum(letters["num_records"].fill_null(1)).as_py() or 0)
+
+
+class _SumPairs(beam.CombineFn):
+    def create_accumulator(self) -> tuple[int, int]:
+        return 0, 0
+
+    def add_input(self, accumulator: tuple[int, int], pair: tuple[int, int]) -> tuple[int, int]:
+        return accumulator[0] + pair[0], accumulator[1] + pair[1]
+
+    def merge_accumulators(self, accumulators: Any) -> tuple[int, int]:
+        pairs = list(accumulators)
+        return sum(scored for scored, _ in pairs), sum(letters for _, letters in pairs)
+
+    def extract_output(self, accumulator: tuple[int, int]) -> tuple[int, int]:
+        return accumulator
+
+
+class _CheckDeadLetters(beam.DoFn):
+    """Fails the job, in the pipeline itself: a template has no launcher that waits and counts."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self._max_fraction = max_fraction
+
+    def process(self, counts: tuple[int, int]) -> None:
+        scored, letters = counts
+        if letters > self._max_fraction * (scored + letters):
+            raise DeadLetterLimitError(
+                f"{letters:,} of {scored + letters:,} records could not be scored, more than "
+                f"max_dead_letter_fraction = {self._max_fraction:g} allows"
+            )
+
+
+def runner_of(flags: Sequence[str]) -> str:
+    """The runner that Beam takes for these flags, by its short name."""
+    options = PipelineOptions(list(flags)).view_as(StandardOptions)
+    return str(options.runner or StandardOptions.DEFAULT_RUNNER).rpartition(".")[2]
+
+
+def refuse_unknown_flags(flags: Sequence[str]) -> None:
+    """Beam only warns of flags that nobody knows; a misspelt one must not go by.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    declared: set[str] = set()
+    for options in PipelineOptions.__subclasses__():
+        scratch = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+        options._add_argparse_args(scratch)
+        declared |= set(scratch._option_string_actions)
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name not in declared:
+            close = difflib.get_close_matches(name, declared, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{name}: neither beam-vae run nor Beam knows this flag{hint}")

@@ -1,0 +1,105 @@
+"""Files out: tables of one schema to Parquet, CSV or JSON Lines."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from pipeline.records import DEAD_LETTER_SCHEMA, json_rows, text_cells
+from pipeline.sources import format_of, split_suffix
+
+
+@dataclass
+class WriteTables(beam.PTransform):
+    """Writes tables of one schema; gives the names of the files.
+
+    "out/x.csv" becomes `out/x-00000-of-00001.csv`; a place without a known suffix is a directory,
+    "out" becomes `out/scored-00000-of-00001.parquet`. No table at all still gives one file with
+    the schema. Files appear under their names when all are written; earlier ones are
+    replaced where their number is the same, and left beside them where it is not.
+
+    CSV and JSON hold times as ISO 8601, durations as numbers in their unit and binary as base64;
+    what is nested is JSON text in a CSV cell.
+
+    Args:
+        path: Where to, on any filesystem that Beam knows.
+        schema: The schema of every table.
+        file_format: "parquet", "csv" or "jsonl"; by default by the suffix of the path.
+        name: The files' name in a directory.
+
+    Raises:
+        ValueError: The suffix of the path is of another format.
+    """
+
+    path: str
+    schema: pa.Schema
+    file_format: str | None = None
+    name: str = "scored"
+
+    def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[str]:
+        file_format = format_of(self.path, self.file_format)
+        prefix, suffix = destination(self.path, file_format, self.name)
+        if file_format == "parquet":
+            return tables | "WriteParquet" >> beam.io.WriteToParquetBatched(
+                prefix, self.schema, codec="zstd", file_name_suffix=suffix
+            )
+        encode = _csv_text if file_format == "csv" else _json_text
+        header = _csv_text(self.schema.empty_table(), header=True) if file_format == "csv" else None
+        return (
+            tables
+            | "Format" >> beam.Map(encode).with_output_types(bytes)
+            | "WriteText"
+            >> beam.io.WriteToText(prefix, file_name_suffix=suffix, append_trailing_newlines=False, header=header)
+        )
+
+
+def destination(path: str, file_format: str, name: str = "scored") -> tuple[str, str]:
+    """What the written files' names begin with and end in.
+
+    Raises:
+        ValueError: The suffix of the path is of another format.
+    """
+    prefix, suffix = split_suffix(path)
+    if not suffix:
+        return f"{path.rstrip('/')}/{name}", f".{file_format}"
+    if format_of(path) != file_format:
+        raise ValueError(f"{path}: expected a name that ends in .{file_format}, got {suffix}")
+    return prefix, suffix
+
+
+@dataclass
+class WriteDeadLetters(beam.PTransform):
+    """Writes tables of `DEAD_LETTER_SCHEMA` as `WriteTables` does, in a directory as `dead_letters-*`."""
+
+    path: str
+    file_format: str | None = None
+
+    def expand(self, dead_letters: beam.PCollection[pa.Table]) -> beam.PCollection[str]:
+        write = WriteTables(self.path, DEAD_LETTER_SCHEMA, self.file_format, name="dead_letters")
+        return dead_letters | "WriteTables" >> write
+
+
+def _json_text(table: pa.Table) -> bytes:
+    lines = json_rows(table).to_pylist()
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _csv_text(table: pa.Table, header: bool = False) -> bytes:
+    columns = [
+        column if _is_csv_cell(column.type) else pa.chunked_array([text_cells(column)], pa.string())
+        for column in table.columns
+    ]
+    stream = io.BytesIO()
+    pa_csv.write_csv(pa.table(columns, names=table.schema.names), stream, pa_csv.WriteOptions(include_header=header))
+    return stream.getvalue()
+
+
+def _is_csv_cell(kind: pa.DataType) -> bool:
+    """Whether Arrow writes it as wanted itself."""
+    return (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind)
+    )

@@ -1,0 +1,473 @@
+"""Files in: Parquet, CSV and JSON Lines as tables of one schema; what cannot be read as dead letters."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+
+from pipeline.records import SOURCE_KEY, dead_letters, file_letter, json_lines, line_letters, parse_json_lines
+from vae_model.tables import conform, rechunk
+
+_BLOCK_BYTES = 4 << 20
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"}
+_CODECS = {CompressionTypes.GZIP: "gzip", CompressionTypes.BZIP2: "bz2", CompressionTypes.ZSTD: "zstd"}
+
+
+class ReadResult(NamedTuple):
+    """What a read gives."""
+
+    tables: beam.PCollection[pa.Table]
+    dead_letters: beam.PCollection[pa.Table]
+
+
+@dataclass
+class ReadTables(beam.PTransform):
+    """Files in; `.tables` of exactly one schema and `.dead_letters` (`DEAD_LETTER_SCHEMA`) out.
+
+    Every record of every file is a row of a table or counted by a dead letter. Columns beyond the
+    schema are dropped. In JSON Lines an absent key is null, but a record with none of the required
+    columns is a dead letter. Bytes of a CSV file that are not UTF-8 are read as the text `\\xNN`.
+
+    Args:
+        pattern: A file, glob or directory, on any filesystem that Beam knows. Of a directory, the
+            files of the format, at any depth; as in Spark, names beginning with `_` or `.` are no
+            data, and neither are temporary files that a failed Beam job left.
+        schema: The columns to read and their types.
+        file_format: "parquet", "csv" or "jsonl"; by default by the suffix of the pattern.
+        required: Columns that a file has to have.
+        max_rows: The most rows in a table.
+
+    Raises:
+        ValueError: The format cannot be told, at construction of the pipeline.
+        FileNotFoundError: Nothing matches, when the pipeline runs.
+    """
+
+    pattern: str
+    schema: pa.Schema
+    file_format: str | None = None
+    required: Sequence[str] = ()
+    max_rows: int = 16_384
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.required) - set(self.schema.names))
+        if unknown:
+            raise ValueError(f"required: expected columns of the schema, got {', '.join(unknown)}")
+
+    def expand(self, pbegin: beam.pvalue.PBegin) -> ReadResult:
+        file_format = format_of(self.pattern, self.file_format)
+        parts = (
+            pbegin
+            | "Pattern" >> beam.Create([self.pattern])
+            | "MatchFiles" >> beam.FlatMap(match_files, file_format)
+            | "SpreadFiles" >> beam.Reshuffle()
+        )
+        unreadable = None
+        if file_format == "parquet":
+            parts, unreadable = parts | "ListRowGroups" >> beam.ParDo(_ListRowGroups()).with_outputs(
+                "dead_letters", main="row_groups"
+            )
+            parts = parts | "SpreadRowGroups" >> beam.Reshuffle()
+        else:
+            parts = parts | "WholeFiles" >> beam.Map(lambda path: (path, 0, None))
+        read = _Read(file_format, self.schema, tuple(self.required), self.max_rows)
+        tables, letters = parts | "Read" >> beam.ParDo(read).with_outputs("dead_letters", main="tables")
+        if unreadable is not None:
+            letters = (unreadable, letters) | "DeadLetters" >> beam.Flatten()
+        return ReadResult(tables, letters)
+
+
+def launch_schema(pattern: str, file_format: str | None = None) -> pa.Schema:
+    """The columns of the first matching file: from its footer, or inferred from the first block of a text file.
+
+    Raises:
+        FileNotFoundError: Nothing matches.
+        ValueError: The file is empty, or is no such file.
+    """
+    file_format = format_of(pattern, file_format)
+    path = match_files(pattern, file_format)[0]
+    try:
+        schema = _LAUNCH_SCHEMAS[file_format](path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a {file_format} file, got one that cannot be read ({error})") from error
+    if schema is None:
+        raise ValueError(f"{path}: expected a {file_format} file with columns, got an empty one")
+    # A column without a value in the first block may have any later: text holds it.
+    fields = [pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field for field in schema]
+    return pa.schema(fields) if file_format != "parquet" else schema.remove_metadata()
+
+
+def format_of(pattern: str, file_format: str | None = None) -> str:
+    """`file_format`, or the format that the suffix tells; without a suffix (a directory), Parquet.
+
+    Raises:
+        ValueError: There is no such format, or the suffix is of none.
+    """
+    known = sorted(set(_FORMATS.values()))
+    if file_format is None:
+        file_format = _format_by_suffix(pattern)
+        if file_format is None and not os.path.splitext(pattern)[1]:
+            file_format = "parquet"
+    if file_format not in known:
+        raise ValueError(f"{pattern}: expected file_format to be one of {', '.join(known)}, got {file_format}")
+    return file_format
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """The path without the suffix of a known format, and that suffix, with its compression; or the path and ""."""
+    stem, suffix = os.path.splitext(path)
+    packed = ""
+    if CompressionTypes.detect_compression_type(path) in _CODECS:
+        packed = suffix
+        stem, suffix = os.path.splitext(stem)
+    return (stem, suffix + packed) if suffix.lower() in _FORMATS else (path, "")
+
+
+def _format_by_suffix(path: str) -> str | None:
+    suffix = split_suffix(path)[1].lower()
+    return _FORMATS["." + suffix.split(".")[1]] if suffix else None
+
+
+def match_files(pattern: str, file_format: str) -> list[str]:
+    """The files to read, sorted.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    wild = re.search(r"[*?\[]", pattern)
+    if wild:
+        folder = pattern[: pattern.rfind("/", 0, wild.start()) + 1]
+        paths = _match(pattern)
+    else:
+        folder = pattern.rstrip("/") + "/"
+        paths = [path for path in _match(folder + "**") if _format_by_suffix(path) == file_format]
+    paths = [path for path in paths if not re.search(r"(^|/)([._]|beam-temp-)", path[len(folder) :])]
+    if not (wild or paths or os.path.isdir(pattern)):
+        paths = _match(pattern)
+    if not paths:
+        raise FileNotFoundError(f"{pattern}: no {file_format} file matches")
+    return sorted(paths)
+
+
+def _match(pattern: str) -> list[str]:
+    return [metadata.path for metadata in FileSystems.match([pattern])[0].metadata_list]
+
+
+# ---- the reading steps -------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """Records read together, and what is wrong with them."""
+
+    table: pa.Table  # as read
+    block: bytes | None = None  # the JSON lines of the rows
+    wrong_cells: Sequence[tuple[np.ndarray, str, str]] = ()  # rows, column, error
+    bad_lines: Sequence[str] = ()
+    errors: Sequence[str] = ()
+    num_undeclared: int = 0  # columns of the file that the schema lacks, told once per file
+
+
+class _Letters:
+    """Dead letters on their way out, counted."""
+
+    def __init__(self) -> None:
+        self._num_dead_letters = Metrics.counter("BeamVAE", "num_dead_letters")
+        self._num_unreadable_files = Metrics.counter("BeamVAE", "num_unreadable_files")
+
+    def send(self, letters: pa.Table) -> beam.pvalue.TaggedOutput:
+        counts = letters["num_records"].fill_null(1).to_numpy()
+        self._num_dead_letters.inc(int(counts.sum()))
+        self._num_unreadable_files.inc(letters["num_records"].null_count)
+        return beam.pvalue.TaggedOutput("dead_letters", letters)
+
+
+class _ListRowGroups(beam.DoFn):
+    """A Parquet file's path in; `(path, row_group, num_rows)` out."""
+
+    def __init__(self) -> None:
+        self._letters = _Letters()
+
+    def process(self, path: str) -> Iterator[Any]:
+        try:
+            with _open_parquet(path) as file:
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        except Exception as error:  # every store has its own; the letter carries it
+            yield self._letters.send(file_letter(path, "read", error, None))
+            return
+        for row_group, num_rows in enumerate(sizes):
+            if num_rows:
+                yield path, row_group, num_rows
+
+
+class _Read(beam.DoFn):
+    """`(path, row_group, num_rows or None)` in, tables out."""
+
+    def __init__(self, file_format: str, schema: pa.Schema, required: tuple[str, ...], max_rows: int) -> None:
+        self._file_format = file_format
+        self._schema = schema
+        self._required = required
+        self._max_rows = max_rows
+        self._letters = _Letters()
+        self._num_records = Metrics.counter("BeamVAE", "num_records")
+        self._num_undeclared_columns = Metrics.counter("BeamVAE", "num_undeclared_columns")
+
+    def process(self, element: tuple[str, int, int | None]) -> Iterator[Any]:
+        path, row_group, num_rows = element
+        parts = _READERS[self._file_format](path, row_group, self._schema, self._max_rows)
+        num_read = 0
+        error: Exception | None = None
+        while True:
+            try:
+                part = next(parts, None)
+            except Exception as caught:  # every store and codec has its own; the letter carries it
+                error = caught
+                break
+            if part is None:
+                break
+            num_read += part.table.num_rows
+            self._num_records.inc(part.table.num_rows + len(part.bad_lines))
+            self._num_undeclared_columns.inc(part.num_undeclared)
+            yield from self._conform(part, path)
+        if num_rows is None:
+            num_missing = None
+        else:
+            num_missing = num_rows - num_read
+            error = error or (ValueError("the row group holds fewer rows than it says") if num_missing else None)
+        if error:
+            self._num_records.inc(num_missing or 0)
+            yield self._letters.send(file_letter(path, "read", error, num_missing))
+
+    def _conform(self, part: _Part, path: str) -> Iterator[Any]:
+        table, rejects = conform(part.table, self._schema, self._required)
+        for rows, column, error in part.wrong_cells:
+            rejects.add(rows, column, "wrong_type", error)
+        lines = None
+        if part.block is not None:
+            strangers = self._without_features(table)
+            if len(rejects) or len(strangers):
+                lines = [line.decode().rstrip("\r") for line in json_lines(part.block)]
+                strangers = [row for row in strangers if json.loads(lines[row]).keys().isdisjoint(self._required)]
+                if strangers:
+                    rejects.add(
+                        np.array(strangers), self._required[0], "missing_column", "the record has none required"
+                    )
+        if len(rejects):
+            yield self._letters.send(dead_letters(part.table, rejects, source=path, stage="read", payload=lines))
+            table = _keep_rows(table, rejects.keep)
+        if part.bad_lines:
+            letters = line_letters(
+                part.bad_lines, part.errors, payload_format=self._file_format, source=path, stage="read"
+            )
+            yield self._letters.send(letters)
+        # Tells later steps where rows come from, for their dead letters.
+        yield from rechunk([table.replace_schema_metadata({SOURCE_KEY: path})], self._max_rows)
+
+    def _without_features(self, table: pa.Table) -> list[int]:
+        """Rows without a value in any required column."""
+        if not self._required or any(table[name].null_count == 0 for name in self._required):
+            return []
+        empty = np.logical_and.reduce([table[name].is_null().to_numpy() for name in self._required])
+        return np.flatnonzero(empty).tolist()
+
+
+def _keep_rows(table: pa.Table, keep: np.ndarray) -> pa.Table:
+    try:
+        return table.filter(keep)
+    except pa.ArrowNotImplementedError:  # of views, which Parquet may hold
+        edges = np.flatnonzero(np.diff(keep.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+        return pa.concat_tables([table.slice(0, 0), *(table.slice(start, end - start) for start, end in edges)])
+
+
+# ---- the formats: each a generator of the parts of one file, which may raise anything ----------
+
+
+def _parquet_parts(path: str, row_group: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+    with _open_parquet(path) as file:
+        names = file.schema_arrow.names
+        num_undeclared = len(set(names) - set(schema.names)) if row_group == 0 else 0
+        columns = [name for name in schema.names if name in names]
+        for batch in file.iter_batches(max_rows, row_groups=[row_group], columns=columns, use_threads=False):
+            yield _Part(pa.Table.from_batches([batch]), num_undeclared=num_undeclared)
+            num_undeclared = 0
+
+
+@contextmanager
+def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    # Buffered, not pre-buffered: a row group is read page by page and need not fit into memory.
+    with (
+        FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as stream,
+        pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file,
+    ):
+        yield file
+
+
+def _csv_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+    header = _csv_schema(path)
+    if header is None:
+        return
+    names = header.names
+    num_undeclared = len(set(names) - set(schema.names))
+    # All of a repeated column, so that it is noticed.
+    declared = [name for name in names if name in schema.names] if len(set(names)) == len(names) else []
+    bad_rows: list[pa_csv.InvalidRow] = []
+    with _Utf8(path) as text:
+        reader = _open_csv(text, bad_rows, dict.fromkeys(names, pa.string()), declared)
+        table: pa.Table | None = reader.schema.empty_table()
+        failure: Exception | None = None
+        while table is not None:
+            # Arrow tells of malformed rows as it meets them, also of those before a failure.
+            try:
+                batch = next(reader, None)
+                table = None if batch is None else pa.Table.from_batches([batch])
+            except (pa.ArrowException, OSError) as error:
+                table, failure = None, error
+            yield _Part(
+                reader.schema.empty_table() if table is None else table,
+                bad_lines=[row.text for row in bad_rows],
+                errors=[f"expected {row.expected_columns} fields, got {row.actual_columns}" for row in bad_rows],
+                num_undeclared=num_undeclared,
+            )
+            bad_rows.clear()
+            num_undeclared = 0
+    if failure:
+        raise failure
+
+
+def _csv_schema(path: str) -> pa.Schema | None:
+    """As Arrow infers it from the first block; None if the file is empty."""
+    with _Utf8(path) as text:
+        try:
+            return _open_csv(text, []).schema
+        except pa.ArrowInvalid:
+            if text.is_blank:
+                return None
+            raise
+
+
+def _open_csv(
+    text: _Utf8,
+    bad_rows: list[pa_csv.InvalidRow],
+    column_types: dict[str, pa.DataType] | None = None,
+    include_columns: Sequence[str] = (),
+) -> pa_csv.CSVStreamingReader:
+    def set_aside(row: pa_csv.InvalidRow) -> str:
+        bad_rows.append(row)
+        return "skip"
+
+    return pa_csv.open_csv(
+        text,
+        read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
+        parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=set_aside),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=column_types, include_columns=include_columns, null_values=[""], strings_can_be_null=True
+        ),
+    )
+
+
+def _json_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+    first = True
+    for block in _line_blocks(path):
+        parsed = parse_json_lines(block, schema)
+        num_undeclared = 0
+        if first and parsed.block:
+            num_undeclared = len(json.loads(json_lines(parsed.block)[0]).keys() - set(schema.names))
+            first = False
+        yield _Part(*parsed, num_undeclared=num_undeclared)
+
+
+def _line_blocks(path: str) -> Iterator[bytes]:
+    """The file in blocks of whole lines, a few MiB each unless a line is longer."""
+    with closing(_open_stream(path)) as stream:
+        pieces = [stream.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)]
+        while pieces[-1]:
+            whole, newline, rest = pieces[-1].rpartition(b"\n")
+            if newline:
+                yield b"".join([*pieces[:-1], whole, newline])
+                pieces = [rest]
+            pieces.append(stream.read(_BLOCK_BYTES))
+        if any(pieces):
+            yield b"".join(pieces)
+
+
+def _json_schema(path: str) -> pa.Schema | None:
+    """As Arrow infers it from the records of the first block."""
+    for block in _line_blocks(path):
+        records = parse_json_lines(block, pa.schema([])).block
+        if records:
+            return pa_json.read_json(
+                pa.BufferReader(records), read_options=pa_json.ReadOptions(block_size=len(records) + 1)
+            ).schema
+    return None
+
+
+def _parquet_schema(path: str) -> pa.Schema:
+    with _open_parquet(path) as file:
+        return file.schema_arrow
+
+
+def _open_stream(path: str) -> pa.NativeFile:
+    """The bytes of a file, decompressed."""
+    compression = CompressionTypes.detect_compression_type(path)
+    stream = pa.PythonFile(FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED), mode="r")
+    # Not by Beam, which takes a truncated gzip file for a short one.
+    return pa.CompressedInputStream(stream, _CODECS[compression]) if compression in _CODECS else stream
+
+
+class _Utf8(io.RawIOBase):
+    """A text file as valid UTF-8 that ends with a newline: one bad byte would end Arrow's reading of CSV."""
+
+    def __init__(self, path: str) -> None:
+        self._stream = _open_stream(path)
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="backslashreplace")
+        self._rest = memoryview(b"")
+        self._ended = False
+        self.is_blank = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        num_filled = 0
+        while num_filled < len(buffer) and (self._rest or self._read_chunk(len(buffer))):
+            size = min(len(buffer) - num_filled, len(self._rest))
+            buffer[num_filled : num_filled + size] = self._rest[:size]
+            self._rest = self._rest[size:]
+            num_filled += size
+        return num_filled
+
+    def _read_chunk(self, size: int) -> bool:
+        """Whether there was anything more."""
+        if self._ended:
+            return False
+        chunk = self._stream.read(size)
+        self._ended = not chunk
+        text = self._decoder.decode(chunk, final=self._ended) + ("\n" if self._ended else "")
+        # Arrow looks for the header in the first line, blank or not.
+        text = text.lstrip("\r\n") if self.is_blank else text
+        self.is_blank = not text
+        self._rest = memoryview(text.encode())
+        return True
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+_READERS = {"parquet": _parquet_parts, "csv": _csv_parts, "jsonl": _json_parts}
+_LAUNCH_SCHEMAS = {"parquet": _parquet_schema, "csv": _csv_schema, "jsonl": _json_schema}

@@ -1,0 +1,158 @@
+"""Scoring as a PTransform: wiring around `vae_model.Bundle`, no arithmetic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+
+from pipeline.models import shared_bundle
+from pipeline.records import SOURCE_KEY, dead_letters
+from vae_model.bundle import Bundle, load_bundle, refuse_clash, score_fields
+
+NAMESPACE = "BeamVAE"
+
+
+class ScoredTables(NamedTuple):
+    """Every input row is in one of the two."""
+
+    scored: beam.PCollection[pa.Table]
+    dead_letters: beam.PCollection[pa.Table]
+
+
+@dataclass
+class ScoreTables(beam.PTransform):
+    """Scores `pa.Table`s: `.scored` tables with the score columns, and `.dead_letters` of the rows that do not fit.
+
+    Tables of 4,000 to 16,000 rows are fastest. The model is loaded once per process, on the worker.
+
+    Args:
+        bundle: Directory or URI that `fit` wrote. Its version is fixed when the pipeline is built.
+        reasons: Strangest columns to explain per row.
+        threshold: Score, in nats, that replaces the bundle's.
+        prefix: Of the score columns' names.
+        columns: Input columns to keep; None keeps all, an empty list the scores alone.
+    """
+
+    bundle: str
+    reasons: int = 0
+    threshold: float | None = None
+    prefix: str = ""
+    columns: Sequence[str] | None = None
+
+    @cached_property
+    def _bundle(self) -> Bundle:
+        return load_bundle(self.bundle)
+
+    def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
+        """The scored tables' schema for tables of `input_schema`.
+
+        Raises:
+            ValueError: The bundle cannot score such tables, a kept column is not there, or a score
+                column has the name of an input column.
+        """
+        problem = self._bundle.schema.refuse(input_schema)
+        if problem:
+            raise ValueError(f"{self.bundle}: the input does not fit the model: {problem}")
+        kept = input_schema.names if self.columns is None else list(self.columns)
+        for name in kept:
+            if name not in input_schema.names:
+                raise ValueError(f"{name}: named in columns, but the input has only {', '.join(input_schema.names)}")
+        refuse_clash(kept, self.reasons, self.prefix)
+        fields = [input_schema.field(name) for name in kept]
+        return pa.schema(fields + score_fields(self.reasons, self.prefix))
+
+    def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
+        do_fn = VAEScoreDoFn(
+            self.bundle,
+            self._bundle.model_version,
+            reasons=self.reasons,
+            threshold=self.threshold,
+            prefix=self.prefix,
+            columns=self.columns,
+        )
+        outputs = tables | "Score" >> beam.ParDo(do_fn).with_outputs("dead_letters", main="scored")
+        return ScoredTables(outputs.scored, outputs.dead_letters)
+
+
+@beam.typehints.with_input_types(pa.Table)
+@beam.typehints.with_output_types(pa.Table)
+class VAEScoreDoFn(beam.DoFn):
+    """A table in, the scored table out; letters of rows that do not fit on the tag "dead_letters".
+
+    Args:
+        bundle: Directory or URI.
+        model_version: The version to expect there.
+        reasons: See `ScoreTables`, as the others.
+        threshold: See there.
+        prefix: See there.
+        columns: See there.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        model_version: str,
+        *,
+        reasons: int = 0,
+        threshold: float | None = None,
+        prefix: str = "",
+        columns: Sequence[str] | None = None,
+    ) -> None:
+        self._uri, self._model_version = bundle, model_version
+        self._options: dict[str, Any] = {"reasons": reasons, "threshold": threshold, "prefix": prefix}
+        self._columns = None if columns is None else list(columns)
+        # RunInference's names, so that dashboards made for it work.
+        self._num_inferences = Metrics.counter(NAMESPACE, "num_inferences")
+        self._batch_size = Metrics.distribution(NAMESPACE, "inference_request_batch_size")
+        self._batch_bytes = Metrics.distribution(NAMESPACE, "inference_request_batch_byte_size")
+        self._batch_latency = Metrics.distribution(NAMESPACE, "inference_batch_latency_micro_secs")
+        self._load_latency = Metrics.distribution(NAMESPACE, "load_model_latency_milli_secs")
+        self._model_bytes = Metrics.distribution(NAMESPACE, "model_byte_size")
+        self._num_anomalies = Metrics.counter(NAMESPACE, "num_anomalies")
+        self._num_dead_letters = Metrics.counter(NAMESPACE, "num_dead_letters")
+        self._mean_score = Metrics.distribution(NAMESPACE, "batch_mean_score_milli_nats")
+        self._max_score = Metrics.distribution(NAMESPACE, "batch_max_score_milli_nats")
+
+    def setup(self) -> None:
+        start = time.perf_counter()
+        self._bundle = shared_bundle(self._uri, self._model_version)
+        # Metrics belong to a Beam bundle; there is none yet.
+        self._loaded: int | None = int(1e3 * (time.perf_counter() - start))
+
+    def process(self, table: pa.Table) -> Iterator[Any]:
+        if self._loaded is not None:
+            self._load_latency.update(self._loaded)
+            self._model_bytes.update(sum(weight.nbytes for weight in self._bundle.weights.values()))
+            self._loaded = None
+        source = (table.schema.metadata or {}).get(SOURCE_KEY, b"").decode() or None
+        table = table.replace_schema_metadata(None)
+        start = time.perf_counter()
+        scored, rejects = self._bundle.split(table, **self._options)
+        self._batch_latency.update(int(1e6 * (time.perf_counter() - start)))
+        self._batch_size.update(table.num_rows)
+        self._batch_bytes.update(table.nbytes)
+        if len(rejects):
+            self._num_dead_letters.inc(len(rejects))
+            letters = dead_letters(table, rejects, source=source, stage="score", model_version=self._model_version)
+            yield beam.pvalue.TaggedOutput("dead_letters", letters)
+        if scored.num_rows:
+            self._count(scored)
+            if self._columns is not None:
+                added = [field.name for field in score_fields(self._options["reasons"], self._options["prefix"])]
+                scored = scored.select(self._columns + added)
+            yield scored
+
+    def _count(self, scored: pa.Table) -> None:
+        prefix = self._options["prefix"]
+        self._num_inferences.inc(scored.num_rows)
+        self._num_anomalies.inc(pa.compute.sum(scored.column(f"{prefix}is_anomaly")).as_py())
+        score = scored.column(f"{prefix}anomaly_score")
+        self._mean_score.update(round(1e3 * pa.compute.mean(score).as_py()))
+        self._max_score.update(round(1e3 * pa.compute.max(score).as_py()))

@@ -1,0 +1,112 @@
+"""What a user may choose about the model and its training. Light: no numpy, no TensorFlow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+
+def _require(name: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+class _Config:
+    """To and from JSON, refusing names it does not know."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        _require(cls.__name__, unknown, not unknown, f"only {', '.join(sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig(_Config):
+    """The network and its likelihoods.
+
+    Args:
+        hidden_dims: Widths of the encoder's hidden layers; the decoder mirrors them.
+        latent_dim: Latents k; None takes one per encoded input, at most 16.
+        embedding_dim: Width of a category's embedding.
+        beta: Weight of the KL term while training; 1 trains on the ELBO. The score always uses 1.
+        views: Encodings of a numeric column that the model reads and reconstructs: "standard"
+            (z-score) and "quantile" (normal scores). Each view's NLL counts in the column's.
+        min_stddev: Floor of the learned standard deviations, in encoded units.
+        background: Share of a broad background density mixed into every value's likelihood, so
+            that no single cell can outweigh the rest of the row.
+        num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
+            are drawn in antithetic pairs.
+    """
+
+    hidden_dims: tuple[int, ...] = (128, 128)
+    latent_dim: int | None = None
+    embedding_dim: int = 8
+    beta: float = 1.0
+    views: tuple[str, ...] = ("standard", "quantile")
+    min_stddev: float = 0.03
+    background: float = 1e-4
+    num_samples: int = 4
+
+    def __post_init__(self) -> None:
+        _require("hidden_dims", self.hidden_dims, all(d > 0 for d in self.hidden_dims), "positive widths")
+        _require("latent_dim", self.latent_dim, self.latent_dim is None or self.latent_dim > 0, "a number > 0")
+        _require("embedding_dim", self.embedding_dim, self.embedding_dim > 0, "a number > 0")
+        _require("beta", self.beta, self.beta >= 0, "a number >= 0")
+        known = bool(self.views) and set(self.views) <= {"standard", "quantile"}
+        _require("views", self.views, known and len(set(self.views)) == len(self.views), "'standard', 'quantile'")
+        _require("min_stddev", self.min_stddev, self.min_stddev > 0, "a number > 0")
+        _require("background", self.background, 0 < self.background < 1, "a number in (0, 1)")
+        _require("num_samples", self.num_samples, self.num_samples > 0, "a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Config):
+    """How the model is trained, validated and calibrated.
+
+    Args:
+        max_steps: Optimizer steps at most; None chooses by the number of rows.
+        batch_size: Rows per step.
+        learning_rate: Adam's, at its peak; decays to 2 % of it over `max_steps` (cosine).
+        kl_warmup: Share of `max_steps` over which beta rises from 0.
+        patience: Stop after this many validations without a better loss. None never stops early.
+        validation_fraction: Rows held out for early stopping, at most 20,000.
+        calibration_fraction: Rows used for nothing but calibration, at most 100,000; None takes
+            10 %, or more where that is under 1,000 rows. Tables under 1,000 rows are calibrated by
+            cross-conformal folds instead.
+        time_column: Calibrate on the last block of time in this column, instead of on random rows.
+        false_positive_rate: Share of normal rows labelled anomalous, which sets the threshold.
+        contamination: Share of anomalies expected in the data; sets the threshold instead.
+        buffer_mib: Encoded rows held and shuffled at a time; tables that fit are read once.
+        no_examples: Keep no real row in the bundle: the golden rows are then synthetic.
+        seed: Of weights, shuffling, splits and the score's noise.
+    """
+
+    max_steps: int | None = None
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    kl_warmup: float = 0.1
+    patience: int | None = 8
+    validation_fraction: float = 0.1
+    calibration_fraction: float | None = None
+    time_column: str | None = None
+    false_positive_rate: float = 0.01
+    contamination: float | None = None
+    buffer_mib: int = 256
+    no_examples: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "learning_rate", "buffer_mib"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
+        for name in ("max_steps", "patience"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "a number > 0")
+        for name in ("validation_fraction", "calibration_fraction", "false_positive_rate", "contamination"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value < 1, "a number in (0, 1)")
+        _require("kl_warmup", self.kl_warmup, 0 <= self.kl_warmup < 1, "a number in [0, 1)")

@@ -1,0 +1,102 @@
+"""An Arrow table to the arrays that the network reads, column by column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from vae_model.schema import CategoricalFeature, ConstantFeature, NumericFeature, TableSchema, TimestampFeature
+from vae_model.tables import Rejects, as_levels, as_numbers, as_times, example
+
+
+@dataclass
+class EncodedTable:
+    """Rows as the network reads them.
+
+    Args:
+        inputs: By name; a name is absent where the schema has nothing of its kind.
+            `numbers (n, views * numeric)` float32, view by view; `angles (n, parts)` float32 radians;
+            `categories (n, learned categories)` int32, 0 unseen or missing; `present (n, features)`
+            float32, 0 where missing; `fixed_nll (n, features)` float32, the nats that no latent moves.
+        codes: `(n,)` int32 of each categorical feature by name, for explanations.
+        rejects: Rows that cannot be scored; their numbers here mean nothing.
+    """
+
+    inputs: dict[str, np.ndarray]
+    codes: dict[str, np.ndarray]
+    rejects: Rejects
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs of some rows (their numbers, a mask or a slice)."""
+        return {name: values[rows] for name, values in self.inputs.items()}
+
+
+def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> EncodedTable:
+    """Encodes the features of a table; rows that do not fit are noted, never raised.
+
+    A row is rejected for an infinite number, a cell of the wrong type, or a column that is missing
+    or there twice.
+    """
+    n, width = table.num_rows, len(schema.features)
+    rejects = Rejects(n)
+    inputs: dict[str, np.ndarray] = {}
+    if schema.numeric:
+        inputs["numbers"] = np.zeros((n, len(views) * len(schema.numeric)), np.float32)
+    if schema.timestamps:
+        inputs["angles"] = np.zeros((n, sum(len(f.parts) for f in schema.timestamps)), np.float32)
+    if schema.learned_categories:
+        inputs["categories"] = np.zeros((n, len(schema.learned_categories)), np.int32)
+    present = inputs["present"] = np.ones((n, width), np.float32)
+    fixed_nll = inputs["fixed_nll"] = np.zeros((n, width), np.float32)
+    codes: dict[str, np.ndarray] = {}
+    num_parts = num_categories = 0
+    for j, feature in enumerate(schema.features):
+        found = table.schema.get_all_field_indices(feature.name)
+        if len(found) != 1:
+            missing = ("missing_column", "expected such a column, got none")
+            repeated = ("duplicate_column", f"expected the column once, got it {len(found)} times")
+            rejects.add(np.arange(n), feature.name, *(repeated if found else missing))
+            continue
+        column = table.column(found[0])
+        if isinstance(feature, NumericFeature):
+            values, here = _finite(column, feature.name, rejects)
+            values = np.where(here, values, feature.mean)
+            for v, view in enumerate(views):
+                encoded = feature.standard(values) if view == "standard" else feature.quantile(values)
+                inputs["numbers"][:, v * len(schema.numeric) + j] = np.where(here, encoded, 0)
+        elif isinstance(feature, TimestampFeature):
+            times, here, bad = as_times(column)
+            if len(bad):
+                rejects.add(bad, feature.name, "wrong_type", f"expected a time, got {example(column, bad)}")
+            inputs["angles"][:, num_parts : num_parts + len(feature.parts)] = feature.angles(times)
+            num_parts += len(feature.parts)
+        elif isinstance(feature, CategoricalFeature):
+            if isinstance(feature, ConstantFeature) and feature.number is not None:
+                values, here = _finite(column, feature.name, rejects)
+                code = (values == feature.number).astype(np.int32)
+            else:
+                levels = as_levels(column)
+                code, here = feature.codes(levels), levels.is_valid().to_numpy()
+            codes[feature.name] = code
+            fixed_nll[:, j] = np.where(here, feature.code_nll[code], 0)
+            if feature.num_classes > 1:
+                inputs["categories"][:, num_categories] = feature.classes(code)
+                num_categories += 1
+        if not feature.nullable:
+            if_present, if_missing = feature.missing_nll()
+            fixed_nll[:, j] += np.where(here, if_present, if_missing)
+        present[:, j] = here
+    return EncodedTable(inputs, codes, rejects)
+
+
+def _finite(column: pa.ChunkedArray, name: str, rejects: Rejects) -> tuple[np.ndarray, np.ndarray]:
+    """Values `(n,)` float64 and whether each is a finite number; what is neither that nor missing is rejected."""
+    values, bad = as_numbers(column)
+    if len(bad):
+        rejects.add(bad, name, "wrong_type", f"expected a number, got {example(column, bad)}")
+    infinite = np.isinf(values)
+    if infinite.any():
+        rejects.add(infinite, name, "not_finite", "expected a finite number, got an infinite one")
+    return values, np.isfinite(values)

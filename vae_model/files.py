@@ -1,0 +1,121 @@
+"""Files by URI: local paths, `gs://` and `s3://`, through `pyarrow.fs`."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from pyarrow import fs
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI or local path, and the path on it."""
+    uri = str(uri)
+    if "://" in uri:
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or directory is at a URI."""
+    system, path = filesystem(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def match(patterns: str | list[str], suffix: str = "") -> list[tuple[fs.FileSystem, str]]:
+    """Files of local paths, directories (walked, for names ending in `suffix`) or glob patterns, sorted by path.
+
+    As in Spark and pyarrow, names that begin with `_` or `.` inside a directory are not data.
+
+    Raises:
+        FileNotFoundError: Nothing matches one of the patterns.
+    """
+    found: list[tuple[fs.FileSystem, str]] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        paths = _match_one(pattern, suffix)
+        if not paths:
+            raise FileNotFoundError(f"{pattern}: no{' ' + suffix if suffix else ''} file matches")
+        found += paths
+    return found
+
+
+def _match_one(pattern: str, suffix: str) -> list[tuple[fs.FileSystem, str]]:
+    wild = re.search(r"[*?\[]", pattern)
+    if wild is None:
+        system, path = filesystem(pattern)
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [(system, path)]
+        if info.type != fs.FileType.Directory:
+            return []
+        return [(system, p) for p in _walk(system, path) if p.endswith(suffix)]
+    base = pattern[: pattern.rfind("/", 0, wild.start()) + 1]
+    system, root = filesystem(base or ".")
+    regex = re.compile(_glob_regex(pattern[len(base) :]))
+    return [(system, p) for p in _walk(system, root) if regex.fullmatch(posixpath.relpath(p, root))]
+
+
+def _glob_regex(pattern: str) -> str:
+    """As in a shell: `*` and `?` stay within one folder, `**` does not."""
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
+    return "".join(
+        known.get(part) or (part if part.startswith("[") and i % 2 else re.escape(part)) for i, part in enumerate(parts)
+    )
+
+
+def _walk(system: fs.FileSystem, root: str) -> list[str]:
+    infos = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
+    return [p for p in paths if not re.search(r"(^|/)[._]", posixpath.relpath(p, root))]
+
+
+def read_bytes(uri: str, name: str) -> bytes:
+    """One file of the directory at `uri`."""
+    system, root = filesystem(uri)
+    with system.open_input_stream(posixpath.join(root, name)) as stream:
+        return stream.read()  # type: ignore[no-any-return]
+
+
+def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: bool = False) -> None:
+    """Writes a directory of files, whole or not at all.
+
+    Locally it is written beside its place and moved there. Object stores have no such move, so
+    the file named `last` is written last there: without it the directory does not count.
+
+    Raises:
+        FileExistsError: Something is there already, and either `overwrite` is false or it is not
+            such a directory.
+    """
+    system, root = filesystem(uri)
+    exists = system.get_file_info(root).type != fs.FileType.NotFound
+    if exists and not overwrite:
+        raise FileExistsError(f"{uri}: already exists; choose another place or overwrite it on purpose")
+    if exists and system.get_file_info(posixpath.join(root, last)).type != fs.FileType.File:
+        raise FileExistsError(f"{uri}: already exists and holds no {last}, so it will not be overwritten")
+    names = [name for name in files if name != last] + [last]
+    if isinstance(system, fs.LocalFileSystem):
+        Path(root).parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{Path(root).name}-", dir=Path(root).parent))
+        try:
+            for name in names:
+                (staging / name).write_bytes(files[name])
+            staging.chmod(0o755)
+            if exists:
+                retired = staging.with_name(staging.name + "-old")
+                Path(root).rename(retired)
+                staging.rename(root)
+                shutil.rmtree(retired)
+            else:
+                staging.rename(root)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return
+    if exists:
+        system.delete_file(posixpath.join(root, last))
+    for name in names:
+        with system.open_output_stream(posixpath.join(root, name)) as stream:
+            stream.write(files[name])

@@ -1,0 +1,444 @@
+"""From tables to a bundle: statistics, schema, training, calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from vae_model import files
+from vae_model.bundle import Bundle, refuse_clash
+from vae_model.calibration import Calibration, Threshold, calibrate
+from vae_model.config import TrainingConfig, VAEConfig
+from vae_model.encoding import encode
+from vae_model.schema import (
+    CategoricalFeature,
+    ConstantFeature,
+    NumericFeature,
+    TableSchema,
+    TimestampFeature,
+    choose_kinds,
+    infer_schema,
+)
+from vae_model.statistics import QuantileSketch, TableStatistics
+from vae_model.tables import Block, MemoryTables, RecordError, Tables, as_numbers, as_times, open_tables
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Told the stage, the work done, the work in all, and the losses while training."""
+
+MIN_ROWS = 20
+FOLD_ROWS = 1000  # tables with fewer rows are calibrated by cross-conformal folds
+_NUM_FOLDS = 5
+_MAX_VALIDATION_ROWS = 20_000
+_MAX_CALIBRATION_ROWS = 100_000
+_NUM_GOLDEN = 16
+
+TRAIN, VALIDATION, CALIBRATION, LEFT_OUT = range(4)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows do what; a row's role depends on its position, the seed, and the columns named here.
+
+    Args:
+        validation: Share of rows held out for early stopping.
+        calibration: Share of rows held out for calibration.
+        seed: Of the choice.
+        label: Column whose 1s are left out of everything.
+        time_column: Rows later than `time_limit` (microseconds) in this column calibrate, no others.
+        time_limit: See there.
+    """
+
+    validation: float
+    calibration: float
+    seed: int
+    label: str | None = None
+    time_column: str | None = None
+    time_limit: int = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that roles depend on."""
+        return [name for name in (self.label, self.time_column) if name]
+
+    def roles(self, table: pa.Table, start: int) -> np.ndarray:
+        """`(n,)` roles of rows that begin at position `start` of the whole."""
+        draw = uniform(np.arange(start, start + table.num_rows, dtype=np.uint64), self.seed)
+        if self.time_column:
+            times, present, _ = as_times(table.column(self.time_column))
+            late = present & (times > self.time_limit)
+            roles = np.where(late, CALIBRATION, np.where(draw < self.validation, VALIDATION, TRAIN))
+        else:
+            edges = np.array([self.calibration, self.calibration + self.validation])
+            roles = np.array([CALIBRATION, VALIDATION, TRAIN])[np.searchsorted(edges, draw, side="right")]
+        if self.label:
+            roles = np.where(labels(table, self.label), LEFT_OUT, roles)
+        return roles
+
+
+def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
+    """`(n,)` numbers in [0, 1) that look random, one per position (SplitMix64: Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        x = positions.astype(np.uint64) + np.uint64(seed & 0xFFFFFFFF) * np.uint64(0xD1B54A32D192ED03)
+        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def labels(table: pa.Table, column: str) -> np.ndarray:
+    """`(n,)` true where a label column says anomaly; null is no anomaly.
+
+    Raises:
+        RecordError: A label is neither 0 nor 1.
+    """
+    values, bad = as_numbers(table.column(column))
+    if len(bad) or not np.isin(values[~np.isnan(values)], (0, 1)).all():
+        raise RecordError(f"{column}: expected labels 0 and 1, got others")
+    return values == 1
+
+
+def fit(
+    data: str | list[str] | pa.Table | pd.DataFrame,
+    config: VAEConfig | None = None,
+    training: TrainingConfig | None = None,
+    *,
+    output: str | None = None,
+    overwrite: bool = False,
+    label: str | None = None,
+    numeric: Sequence[str] = (),
+    categorical: Sequence[str] = (),
+    timestamp: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Bundle:
+    """Trains and calibrates a model.
+
+    Tables larger than memory are streamed: Parquet row groups are read in random order and shuffled
+    in a buffer.
+
+    Args:
+        data: Parquet files by path, glob, directory or URI (a list of them), or a table or DataFrame.
+        config: Of the network.
+        training: Of training and calibration.
+        output: Directory or URI to write the bundle to.
+        overwrite: Replace a bundle that is there.
+        label: A 0/1 column: never a feature, and rows labelled 1 are left out.
+        numeric: Columns to read as numbers, whatever their type and statistics.
+        categorical: Columns to read as levels, integers for instance.
+        timestamp: Columns to read as times.
+        exclude: Columns to carry only.
+        on_progress: Told how far each stage is.
+
+    Returns:
+        The bundle, ready to score.
+
+    Raises:
+        RecordError: The data does not hold what its columns promise.
+        ValueError: Too few rows, no column to learn from, or a wrong column name.
+        TrainingError: The loss became non-finite.
+    """
+    config, training = config or VAEConfig(), training or TrainingConfig()
+    report = on_progress or (lambda *_: None)
+    if output and not overwrite and files.exists(output):
+        raise FileExistsError(f"{output}: already exists; choose another place or overwrite it on purpose")
+    tables = open_tables(data)
+    hidden = [*exclude, *([label] if label else [])]
+    kinds, passthrough = choose_kinds(
+        tables.schema, numeric=numeric, categorical=categorical, timestamp=timestamp, exclude=hidden
+    )
+    if label:
+        passthrough[label] = "the label"
+    refuse_clash(kinds)
+    if tables.num_rows < MIN_ROWS:
+        raise ValueError(f"expected at least {MIN_ROWS} rows to learn from, got {tables.num_rows}")
+    split = choose_split(tables, training, label)
+    statistics = collect_statistics(tables, kinds, split, report)
+    forced = [*numeric, *categorical, *timestamp]
+    schema = infer_schema(statistics, tables.schema, passthrough, forced)
+    fitted = _Fitted(tables, schema, config, training, split, report)
+    bundle = fitted.cross_conformal() if split.calibration == 0 and not split.time_column else fitted.held_out()
+    bundle.statistics = statistics
+    bundle.card = card(tables, data, bundle, training)
+    if output:
+        bundle.save(output, overwrite=overwrite)
+    return bundle
+
+
+def choose_split(tables: Tables, training: TrainingConfig, label: str | None) -> Split:
+    """Shares of rows by their number, and the time limit where a time column decides.
+
+    Raises:
+        ValueError: The label or time column is not in the table.
+    """
+    for name, column in {"label": label, "time_column": training.time_column}.items():
+        if column and column not in tables.schema.names:
+            raise ValueError(f"{column}: named as {name}, but the table has no such column")
+    n = tables.num_rows
+    validation = min(training.validation_fraction, _MAX_VALIDATION_ROWS / n)
+    calibration = training.calibration_fraction or min(max(0.1, min(0.3, 1000 / n)), _MAX_CALIBRATION_ROWS / n)
+    if training.time_column:
+        sketch = QuantileSketch()
+        for block in tables.blocks:
+            times, present, bad = as_times(tables.read(block, [training.time_column]).column(0))
+            if len(bad) or (not present.any() and block.num_rows):
+                raise RecordError(f"{training.time_column}: expected times, got none")
+            sketch.update(times[present].astype(np.float64))
+        limit = int(sketch.quantile(1 - calibration))
+        return Split(validation, calibration, training.seed, label, training.time_column, limit)
+    if n < FOLD_ROWS and training.calibration_fraction is None:
+        calibration = 0.0
+    return Split(validation, calibration, training.seed, label)
+
+
+def collect_statistics(tables: Tables, kinds: dict[str, str], split: Split, report: Progress) -> TableStatistics:
+    """One pass over the rows that are not held out for calibration."""
+    statistics = TableStatistics(kinds)
+    names = list(dict.fromkeys([*kinds, *split.columns]))
+    for block in tables.blocks:
+        table = tables.read(block, names)
+        roles = split.roles(table, block.start)
+        keep = roles < CALIBRATION
+        statistics.update(table.select(list(kinds)).filter(pa.array(keep)), block.start)
+        report("statistics", block.start + block.num_rows, tables.num_rows, {})
+    if statistics.num_rows < MIN_ROWS:
+        raise ValueError(f"expected at least {MIN_ROWS} training rows, got {statistics.num_rows}")
+    return statistics
+
+
+@dataclass
+class _Fitted:
+    """The steps from a schema to a bundle."""
+
+    tables: Tables
+    schema: TableSchema
+    config: VAEConfig
+    training: TrainingConfig
+    split: Split
+    report: Progress
+
+    def held_out(self) -> Bundle:
+        validation = self._rows(VALIDATION)
+        num_train = max(1, round(self.tables.num_rows * (1 - self.split.validation - self.split.calibration)))
+        bundle = self._train(num_train, self._shuffled, validation, "training")
+        calibration, examples = self._calibrate(bundle)
+        return self._finish(bundle, calibration, examples)
+
+    def _calibrate(self, bundle: Bundle) -> tuple[Calibration, pa.Table]:
+        """Scores the calibration rows block by block, and keeps a few as examples."""
+        scores, nll, examples = [], [], []
+        for block in self.tables.blocks:
+            table = self._read(block, CALIBRATION)
+            if table.num_rows:
+                terms = bundle.scorer.score(encode(table, self.schema, self.config.views).inputs)
+                scores.append(terms.score)
+                nll.append(terms.column_nll)
+                if sum(part.num_rows for part in examples) < 10 * _NUM_GOLDEN:
+                    examples.append(table.slice(0, 10 * _NUM_GOLDEN))
+            self.report("calibration", block.start + block.num_rows, self.tables.num_rows, {})
+        if not scores:
+            raise ValueError("expected calibration rows, got none; check time_column, or the number of rows")
+        return calibrate(np.concatenate(scores), np.concatenate(nll)), pa.concat_tables(examples)
+
+    def cross_conformal(self) -> Bundle:
+        """Every row is scored by a model that was not trained on it; the final model trains on all (Vovk, 2015)."""
+        table = pa.concat_tables([self._read(block, None) for block in self.tables.blocks])
+        n = table.num_rows
+        rng = np.random.default_rng(self.training.seed)
+        fold = rng.permutation(np.arange(n) % _NUM_FOLDS)
+        inputs = encode(table, self.schema, self.config.views).inputs
+        scores = np.zeros(n, np.float32)
+        nll = np.zeros((n, len(self.schema.features)), np.float32)
+        for k in range(_NUM_FOLDS):
+            bundle = self._train_rows(inputs, np.flatnonzero(fold != k), f"fold {k + 1} of {_NUM_FOLDS}")
+            held_out = np.flatnonzero(fold == k)
+            terms = bundle.scorer.score({name: values[held_out] for name, values in inputs.items()})
+            scores[held_out], nll[held_out] = terms.score, terms.column_nll
+        bundle = self._train_rows(inputs, np.arange(n), "training")
+        return self._finish(bundle, calibrate(scores, nll, "cross-conformal"), table)
+
+    def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str) -> Bundle:
+        """Trains on rows in memory, a tenth of them held out for early stopping."""
+        order = np.random.default_rng(self.training.seed).permutation(rows)
+        num_validation = max(1, round(len(rows) * self.split.validation))
+        held, train = order[:num_validation], order[num_validation:]
+
+        def shuffled(rng: np.random.Generator) -> Iterator[Arrays]:
+            shuffle = rng.permutation(train)
+            yield {name: values[shuffle] for name, values in inputs.items()}
+
+        validation = {name: values[held] for name, values in inputs.items()}
+        return self._train(len(train), shuffled, validation, stage)
+
+    def _train(
+        self,
+        num_rows: int,
+        shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
+        validation: Arrays,
+        stage: str,
+    ) -> Bundle:
+        from vae_model.training import train  # TensorFlow: only once the data is known to be good
+
+        trained = train(
+            self.schema,
+            self.config,
+            self.training,
+            num_rows=num_rows,
+            shuffled=shuffled,
+            validation=validation,
+            on_progress=lambda done, total, losses: self.report(stage, done, total, losses),
+        )
+        nothing = np.zeros(1, np.float32), np.zeros((1, len(self.schema.features)), np.float32)
+        return Bundle(
+            schema=self.schema,
+            config=self.config,
+            weights=trained.networks.weights,
+            noise=trained.noise,
+            calibration=calibrate(*nothing),
+            threshold=Threshold(0.0, "fixed"),
+            statistics=TableStatistics({}),
+            golden=pa.table({}),
+            card={"training": trained.summary},
+            history=trained.history,
+        )
+
+    def _finish(self, bundle: Bundle, calibration: Calibration, examples: pa.Table) -> Bundle:
+        """The bundle with its calibration, its threshold and its golden rows."""
+        training = self.training
+        if training.contamination is not None:
+            threshold = calibration.threshold(training.contamination, "contamination")
+        else:
+            threshold = calibration.threshold(training.false_positive_rate)
+        if threshold.extrapolated:
+            logger.warning(
+                "%d calibration rows are too few for a rate of %g: the threshold is extrapolated from the tail",
+                calibration.num_rows,
+                threshold.target,
+            )
+        bundle = replace(bundle, calibration=calibration, threshold=threshold)
+        examples = examples.select(self.schema.names)
+        if training.no_examples:
+            golden = synthetic_rows(self.schema, _NUM_GOLDEN, training.seed)
+        else:
+            rows = np.random.default_rng(training.seed).permutation(examples.num_rows)[:_NUM_GOLDEN]
+            golden = examples.take(pa.array(np.sort(rows)))
+        bundle.golden = bundle.score(golden.combine_chunks())
+        return bundle
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    def _read(self, block: Block, role: int | None) -> pa.Table:
+        """The rows of a block that have a role (None: all but those left out), features only."""
+        names = list(dict.fromkeys([*self.schema.names, *self.split.columns]))
+        table = self.tables.read(block, names)
+        roles = self.split.roles(table, block.start)
+        keep = roles != LEFT_OUT if role is None else roles == role
+        return table.select(self.schema.names).filter(pa.array(keep))
+
+    def _rows(self, role: int) -> Arrays:
+        """All encoded rows of a role, in order."""
+        tables = [table for block in self.tables.blocks if (table := self._read(block, role)).num_rows]
+        if not tables:
+            raise ValueError("expected rows held out for validation, got none; raise validation_fraction")
+        return encode(pa.concat_tables(tables), self.schema, self.config.views).inputs
+
+    def _shuffled(self, rng: np.random.Generator) -> Iterator[Arrays]:
+        """One pass over the training rows: row groups in random order, shuffled buffer by buffer."""
+        if (cached := getattr(self, "_cached", None)) is not None:
+            order = rng.permutation(len(cached["present"]))
+            yield {name: values[order] for name, values in cached.items()}
+            return
+        limit = self.training.buffer_mib << 20
+        parts: list[Arrays] = []
+        size = 0
+        order = rng.permutation(len(self.tables.blocks))
+        for i, position in enumerate(order):
+            table = self._read(self.tables.blocks[position], TRAIN)
+            parts.append(encode(table, self.schema, self.config.views).inputs)
+            size += sum(values.nbytes for values in parts[-1].values())
+            if size >= limit or i == len(order) - 1:
+                rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                if i == len(order) - 1 and size < limit and len(parts) == len(order):
+                    self._cached = rows  # all of it fits: never read again
+                parts, size = [], 0
+                shuffle = rng.permutation(len(rows["present"]))
+                yield {name: values[shuffle] for name, values in rows.items()}
+
+
+def synthetic_rows(schema: TableSchema, num_rows: int, seed: int) -> pa.Table:
+    """Plausible rows that belong to nobody: each column drawn from its statistics, on its own."""
+    rng = np.random.default_rng(seed)
+    columns: dict[str, Any] = {}
+    for feature in schema.features:
+        kind = schema.arrow_type(feature.name)
+        if isinstance(feature, NumericFeature):
+            values = rng.choice(np.array(feature.knots), num_rows)
+            drawn = pa.array(values)
+        elif isinstance(feature, TimestampFeature):
+            drawn = pa.array(rng.integers(0, 365 * 86_400, num_rows) * 1_000_000, pa.timestamp("us"))
+        elif isinstance(feature, ConstantFeature) and feature.number is not None:
+            drawn = pa.array(np.full(num_rows, feature.number))
+        elif isinstance(feature, CategoricalFeature) and feature.levels:
+            counts = np.array(feature.counts[:1000], np.float64)
+            drawn = pa.array([feature.levels[i] for i in rng.choice(len(counts), num_rows, p=counts / counts.sum())])
+        else:
+            drawn = pa.nulls(num_rows, kind)
+        columns[feature.name] = _cast_drawn(drawn, kind)
+    return pa.table(columns)
+
+
+def _cast_drawn(drawn: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_time(kind):
+        drawn = drawn.cast(pa.time64("us"))
+    if pa.types.is_duration(kind):
+        drawn = drawn.cast(pa.int64(), safe=False)
+    return drawn.cast(kind, safe=False)
+
+
+def card(tables: Tables, data: Any, bundle: Bundle, training: TrainingConfig) -> dict[str, Any]:
+    """Where a bundle comes from."""
+    fingerprint = hashlib.sha256(repr(tables.schema).encode())
+    for name, column in bundle.statistics.columns.items():
+        fingerprint.update(repr((name, column.num_rows, column.num_missing)).encode())
+    packages = ("beam-vae", "tensorflow", "keras", "numpy", "pyarrow")
+    return {
+        **bundle.card,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {
+            "source": "in memory" if isinstance(tables, MemoryTables) else data,
+            "num_rows": tables.num_rows,
+            "num_columns": len(tables.schema.names),
+            "fingerprint": fingerprint.hexdigest()[:16],
+        },
+        "training_config": training.to_json(),
+        "calibration": {
+            "num_rows": bundle.calibration.num_rows,
+            "method": bundle.calibration.method,
+            "score_quantiles": {
+                f"{rank:g}": float(np.quantile(bundle.calibration.scores, rank)) for rank in (0.01, 0.5, 0.99, 0.999)
+            },
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,304 @@
+"""The layers of the model that are not Keras's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from vae_model.losses import bernoulli_nll, kl_to_standard_normal, robust_gaussian_nll, robust_von_mises_nll
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
+class KLDivergence(keras.layers.Layer):
+    """Adds beta * KL(q(z|x) || N(0, I)), averaged over the rows, to the loss; passes its inputs through.
+
+    Args:
+        beta: Weight of the term; 1.0 trains on the ELBO, any other value a beta-VAE
+            (Higgins et al., 2017).
+
+    Call arguments:
+        inputs: `(z_mean, z_log_var)`, each `(batch, latent_dim)`.
+    """
+
+    def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not beta >= 0:
+            raise ValueError(f"beta: expected a number >= 0, got {beta}")
+        self.beta = beta
+
+    def build(self, input_shape: Any) -> None:
+        # A weight, not a float: a callback can warm it up inside the compiled graph, and a
+        # checkpoint resumes it.
+        self.weight = self.add_weight(
+            name="beta", shape=(), dtype="float32", trainable=False, initializer=keras.initializers.Constant(self.beta)
+        )
+
+    def call(self, inputs: Any) -> Any:
+        # Summed over latents, averaged over rows; exp() in float32 under mixed precision.
+        mean, log_var = (ops.cast(x, "float32") for x in inputs)
+        self.add_loss(self.weight * ops.mean(kl_to_standard_normal(mean, log_var)))
+        return inputs
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "beta": self.beta}
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
+class Sampling(keras.layers.Layer):
+    """z = z_mean + exp(z_log_var / 2) * eps, eps ~ N(0, I): the reparameterisation trick.
+
+    It draws in evaluation too: a loss at z = z_mean is no ELBO.
+
+    Args:
+        seed: Of the draws.
+
+    Call arguments:
+        inputs: `(z_mean, z_log_var)`, each `(batch, latent_dim)`.
+    """
+
+    def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, inputs: Any) -> Any:
+        mean, log_var = (ops.cast(x, "float32") for x in inputs)
+        noise = keras.random.normal(ops.shape(mean), dtype="float32", seed=self.seed_generator)
+        return ops.cast(mean + ops.exp(0.5 * log_var) * noise, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape[0]
+
+    # Keras leaves the generator's state out of saved weights; without it a resumed run draws anew.
+    def save_own_variables(self, store: Any) -> None:
+        store["seed_state"] = np.asarray(self.seed_generator.state)
+
+    def load_own_variables(self, store: Any) -> None:
+        self.seed_generator.state.assign(np.asarray(store["seed_state"]))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
+class EncoderInputs(keras.layers.Layer):
+    """All inputs of a row as one vector: numbers, circles, category embeddings, missing flags.
+
+    Args:
+        num_classes: Classes of each learned categorical feature.
+        embedding_dim: Width of an embedding. Unseen and missing categories embed as zeros: a vector
+            of their own would never be trained.
+        nullable: Positions of the features whose missingness is learned.
+        angle_features: Position of the feature of each angle.
+        clip: Largest size of an encoded number that the network is shown.
+    """
+
+    def __init__(
+        self,
+        num_classes: Sequence[int],
+        embedding_dim: int,
+        nullable: Sequence[int],
+        angle_features: Sequence[int],
+        clip: float = 20.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes, self.embedding_dim = list(num_classes), embedding_dim
+        self.nullable, self.angle_features, self.clip = list(nullable), list(angle_features), clip
+
+    def build(self, input_shape: Any) -> None:
+        if self.num_classes:
+            self.offsets = np.cumsum([0, *self.num_classes[:-1]]).astype(np.int32)
+            self.embeddings = self.add_weight(
+                name="embeddings",
+                shape=(sum(self.num_classes), self.embedding_dim),
+                initializer=keras.initializers.RandomNormal(stddev=1 / math.sqrt(self.embedding_dim)),
+            )
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        parts = []
+        if "numbers" in inputs:
+            parts.append(ops.clip(inputs["numbers"], -self.clip, self.clip))
+        if "angles" in inputs:
+            here = ops.take(inputs["present"], self.angle_features, axis=1)
+            parts += [ops.cos(inputs["angles"]) * here, ops.sin(inputs["angles"]) * here]
+        if "categories" in inputs:
+            ids = inputs["categories"]
+            vectors = ops.take(self.embeddings, ops.maximum(ids - 1, 0) + self.offsets, axis=0)
+            vectors *= ops.cast(ids > 0, vectors.dtype)[..., None]
+            parts.append(ops.reshape(vectors, (-1, len(self.num_classes) * self.embedding_dim)))
+        if self.nullable:
+            parts.append(1 - ops.take(inputs["present"], self.nullable, axis=1))
+        return ops.concatenate([ops.cast(part, self.compute_dtype) for part in parts], axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_classes": self.num_classes,
+            "embedding_dim": self.embedding_dim,
+            "nullable": self.nullable,
+            "angle_features": self.angle_features,
+            "clip": self.clip,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodSpec:
+    """What `ColumnNLL` must know of the schema; features come numeric, timestamp, categorical, fixed.
+
+    Args:
+        num_features: All features.
+        num_numeric: Numeric ones.
+        stddev_floors: Least standard deviation of each encoded number, view by view.
+        angle_features: Position of the feature of each angle.
+        max_kappas: Largest von Mises concentration of each angle.
+        class_probabilities: Of each learned categorical feature.
+        nullable: Positions of the features whose missingness is learned.
+        num_rows: Training rows n; p(missing) stays within [1 / (n + 2), 1 - 1 / (n + 2)].
+        background: Share of the background density in every likelihood.
+    """
+
+    num_features: int
+    num_numeric: int
+    stddev_floors: Sequence[float]
+    angle_features: Sequence[int]
+    max_kappas: Sequence[float]
+    class_probabilities: Sequence[Sequence[float]]
+    nullable: Sequence[int]
+    num_rows: int
+    background: float
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
+class ColumnNLL(keras.layers.Layer):
+    """-log p(x_j|z) of every feature j, from the decoder's last hidden layer.
+
+    NLL_j = fixed_nll_j - log p(missing_j|z) - (1 - missing_j) log p(x_j|z): Gaussians of learned,
+    floored standard deviation for numbers, von Mises for angles, softmaxes for categories, each
+    mixed with a background that no latent moves.
+
+    Args:
+        spec: What the likelihoods need of the schema.
+
+    Call arguments:
+        hidden: `(batch, width)`.
+        inputs: The row's inputs, see `EncodedTable`.
+
+    Returns:
+        `(batch, features)` float32, in nats.
+    """
+
+    def __init__(self, spec: LikelihoodSpec | dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.spec = spec = LikelihoodSpec(**spec) if isinstance(spec, dict) else spec
+        self.groups = _group_by_size([len(p) for p in spec.class_probabilities])
+        widths = {
+            "mean": len(spec.stddev_floors),
+            "cosine": len(spec.angle_features),
+            "sine": len(spec.angle_features),
+            "logits": sum(len(members) * size for size, members in self.groups),
+            "missing": len(spec.nullable),
+        }
+        self.heads = {name: width for name, width in widths.items() if width}
+
+    def build(self, hidden_shape: Any, inputs_shape: Any = None) -> None:
+        width = sum(self.heads.values())
+        self.kernel = self.add_weight(name="kernel", shape=(hidden_shape[-1], width), initializer="glorot_uniform")
+        self.bias = self.add_weight(name="bias", shape=(width,), initializer="zeros")
+        if self.spec.stddev_floors:
+            shape = (len(self.spec.stddev_floors),)
+            self.log_var = self.add_weight(name="log_var", shape=shape, dtype="float32", initializer="zeros")
+
+    def decode(self, hidden: Any) -> dict[str, Any]:
+        """The parameters of every likelihood, by head, float32."""
+        out = ops.cast(ops.matmul(hidden, self.kernel) + self.bias, "float32")
+        heads, start = {}, 0
+        for name, width in self.heads.items():
+            heads[name] = out[:, start : start + width]
+            start += width
+        return heads
+
+    def number_log_var(self) -> Any:
+        """`(views * numeric,)` log variance of each encoded number, floored smoothly."""
+        floors = np.square(np.array(self.spec.stddev_floors, np.float32))
+        return ops.log(floors + ops.exp(self.log_var))
+
+    def category_log_softmax(self, logits: Any) -> list[tuple[list[int], Any]]:
+        """Log probabilities `(batch, members, size)` of the classes of each group of columns."""
+        groups, start = [], 0
+        for size, members in self.groups:
+            block = ops.reshape(logits[:, start : start + size * len(members)], (-1, len(members), size))
+            start += size * len(members)
+            block = ops.where(self._shares(size, members) > 0, block, -1e9)
+            groups.append((members, ops.log_softmax(block, axis=-1)))
+        return groups
+
+    def _shares(self, size: int, members: list[int]) -> np.ndarray:
+        shares = np.zeros((len(members), size), np.float32)
+        for row, member in enumerate(members):
+            probabilities = self.spec.class_probabilities[member]
+            shares[row, : len(probabilities)] = probabilities
+        return shares
+
+    def call(self, hidden: Any, inputs: dict[str, Any]) -> Any:
+        spec = self.spec
+        heads = self.decode(hidden)
+        present = inputs["present"]
+        values = []
+        if "mean" in heads:
+            nll = robust_gaussian_nll(inputs["numbers"], heads["mean"], self.number_log_var(), spec.background)
+            views = len(spec.stddev_floors) // spec.num_numeric
+            values.append(ops.sum(ops.reshape(nll, (-1, views, spec.num_numeric)), axis=1))
+        if "cosine" in heads:
+            max_kappas = np.array(spec.max_kappas, np.float32)
+            nll = robust_von_mises_nll(inputs["angles"], heads["cosine"], heads["sine"], max_kappas, spec.background)
+            of_feature = np.array(spec.angle_features) - spec.num_numeric
+            values.append(ops.matmul(nll, np.eye(of_feature.max() + 1, dtype=np.float32)[of_feature]))
+        if "logits" in heads:
+            values.append(self._category_nll(heads["logits"], inputs["categories"]))
+        width = sum(value.shape[-1] for value in values)
+        if width < spec.num_features:
+            values.append(ops.zeros_like(present[:, width:]))
+        nll = ops.concatenate(values, axis=-1) * present + inputs["fixed_nll"]
+        if "missing" in heads:
+            missing = 1 - ops.take(present, spec.nullable, axis=1)
+            learned = bernoulli_nll(missing, heads["missing"], math.log(spec.num_rows + 1))
+            nll += ops.matmul(learned, np.eye(spec.num_features, dtype=np.float32)[list(spec.nullable)])
+        return nll
+
+    def _category_nll(self, logits: Any, categories: Any) -> Any:
+        """-log[(1 - b) softmax + b * class share] of each class; 0 for unseen ones, whose mass is fixed."""
+        columns, order = [], []
+        for members, log_softmax in self.category_log_softmax(logits):
+            ids = ops.take(categories, members, axis=1)
+            size = log_softmax.shape[-1]
+            chosen = ops.one_hot(ops.maximum(ids - 1, 0), size, dtype="float32")
+            log_share = ops.log(ops.sum(self._shares(size, members) * chosen, axis=-1))
+            core = math.log1p(-self.spec.background) + ops.sum(log_softmax * chosen, axis=-1)
+            nll = -ops.logaddexp(core, math.log(self.spec.background) + log_share)
+            columns.append(ops.where(ids > 0, nll, 0.0))
+            order += members
+        return ops.take(ops.concatenate(columns, axis=-1), np.argsort(order), axis=1)
+
+    def compute_output_shape(self, hidden_shape: Any, inputs_shape: Any) -> Any:
+        return (hidden_shape[0], self.spec.num_features)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "spec": asdict(self.spec)}
+
+
+def _group_by_size(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Positions of columns that share one padded width, a power of two: one softmax for each group."""
+    groups: dict[int, list[int]] = {}
+    for position, size in enumerate(sizes):
+        groups.setdefault(1 << (size - 1).bit_length(), []).append(position)
+    return sorted(groups.items())

@@ -1,0 +1,150 @@
+"""The network: plain functional Keras, built from a schema and a configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from vae_model.config import VAEConfig
+from vae_model.layers import ColumnNLL, EncoderInputs, KLDivergence, LikelihoodSpec, Sampling
+from vae_model.losses import kl_to_standard_normal
+from vae_model.schema import TableSchema
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"KERAS_BACKEND: expected tensorflow, got {keras.backend.backend()}; unset it or set it to tensorflow"
+    )
+
+LOG_VAR_RANGE = (-10.0, 4.0)  # of q(z|x): without bounds, wide sparse tables end in NaN
+
+
+class VAE(keras.Model):
+    """A functional model whose loss is the batch's mean negative ELBO: mean of Σ column_nll, plus the KL layer's term.
+
+    Outputs: `column_nll (batch, features)`, `z_mean` and `z_log_var (batch, latent_dim)`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reconstruction_loss = keras.metrics.Mean("reconstruction_loss")
+        self._kl_loss = keras.metrics.Mean("kl_loss")
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        reconstruction = ops.mean(ops.sum(y_pred["column_nll"], axis=-1))
+        self._reconstruction_loss.update_state(reconstruction)
+        self._kl_loss.update_state(ops.mean(kl_to_standard_normal(y_pred["z_mean"], y_pred["z_log_var"])))
+        # Plus: -ELBO = -E_q[log p(x|z)] + KL. With a minus the loss has no lower bound.
+        return reconstruction + sum(self.losses)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The parts of one VAE, sharing weights."""
+
+    vae: VAE
+    encoder: keras.Model  # inputs to [z_mean, z_log_var]
+    decoder: keras.Model  # z to its last hidden layer
+    likelihood: ColumnNLL
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every weight by its path."""
+        return {weight.path: np.asarray(weight) for weight in self.vae.weights}
+
+    def load_weights(self, weights: dict[str, np.ndarray]) -> None:
+        """Sets every weight.
+
+        Raises:
+            ValueError: A weight is absent, left over, or of another shape.
+        """
+        mine = {weight.path: weight for weight in self.vae.weights}
+        if set(mine) != set(weights):
+            odd = sorted(set(mine) ^ set(weights))
+            raise ValueError(f"weights: expected those of this network, but {', '.join(odd[:3])} are in one only")
+        for path, weight in mine.items():
+            if tuple(weight.shape) != weights[path].shape:
+                raise ValueError(f"weights: {path}: expected shape {tuple(weight.shape)}, got {weights[path].shape}")
+            weight.assign(weights[path])
+
+
+def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Networks:
+    """The encoder, the decoder, the likelihoods and the model that trains them."""
+    spec = likelihood_spec(schema, config)
+    inputs = _inputs(schema, config)
+    as_vector = EncoderInputs(
+        num_classes=[feature.num_classes for feature in schema.learned_categories],
+        embedding_dim=config.embedding_dim,
+        nullable=spec.nullable,
+        angle_features=spec.angle_features,
+        name="encoder_inputs",
+    )
+    hidden = vector = as_vector(inputs)
+    for i, width in enumerate(config.hidden_dims):
+        hidden = keras.layers.Dense(width, "silu", name=f"encoder_{i}")(hidden)
+    latent_dim = config.latent_dim or max(2, min(16, vector.shape[-1]))
+    z_mean = keras.layers.Dense(latent_dim, dtype="float32", name="z_mean")(hidden)
+    start_small = keras.initializers.RandomNormal(stddev=0.01, seed=seed)
+    z_log_var = keras.layers.Dense(latent_dim, dtype="float32", kernel_initializer=start_small, name="z_log_var")(
+        hidden
+    )
+    z_log_var = ops.clip(z_log_var, *LOG_VAR_RANGE)
+    encoder = keras.Model(inputs, [z_mean, z_log_var], name="encoder")
+
+    z_input = hidden = keras.Input((latent_dim,), name="z")
+    for i, width in enumerate(reversed(config.hidden_dims)):
+        hidden = keras.layers.Dense(width, "silu", name=f"decoder_{i}")(hidden)
+    decoder = keras.Model(z_input, hidden, name="decoder")
+
+    likelihood = ColumnNLL(spec, name="likelihood")
+    z_mean, z_log_var = KLDivergence(config.beta, name="kl")([z_mean, z_log_var])
+    z = Sampling(seed, name="sampling")([z_mean, z_log_var])
+    outputs = {"column_nll": likelihood(decoder(z), inputs), "z_mean": z_mean, "z_log_var": z_log_var}
+    return Networks(VAE(inputs, outputs, name="vae"), encoder, decoder, likelihood)
+
+
+def _inputs(schema: TableSchema, config: VAEConfig) -> dict[str, Any]:
+    widths = {
+        "numbers": len(config.views) * len(schema.numeric),
+        "angles": sum(len(feature.parts) for feature in schema.timestamps),
+        "categories": len(schema.learned_categories),
+        "present": len(schema.features),
+        "fixed_nll": len(schema.features),
+    }
+    return {
+        name: keras.Input((width,), name=name, dtype="int32" if name == "categories" else "float32")
+        for name, width in widths.items()
+        if width
+    }
+
+
+def likelihood_spec(schema: TableSchema, config: VAEConfig) -> LikelihoodSpec:
+    """The constants of every column's likelihood."""
+
+    def floor(resolution: float) -> float:
+        # Rounding to a grid adds a uniform error of stddev resolution / sqrt(12): no likelihood may
+        # claim to be sharper.
+        return max(config.min_stddev, resolution / math.sqrt(12))
+
+    resolutions = {
+        "standard": [feature.resolution for feature in schema.numeric],
+        "quantile": [feature.quantile_resolution for feature in schema.numeric],
+    }
+    positions = {name: position for position, name in enumerate(schema.names)}
+    return LikelihoodSpec(
+        num_features=len(schema.features),
+        num_numeric=len(schema.numeric),
+        stddev_floors=[floor(resolution) for view in config.views for resolution in resolutions[view]],
+        angle_features=[positions[f.name] for f in schema.timestamps for _ in f.parts],
+        max_kappas=[floor(resolution) ** -2 for f in schema.timestamps for resolution in f.resolutions],
+        class_probabilities=[f.class_probabilities.tolist() for f in schema.learned_categories],
+        nullable=[position for position, feature in enumerate(schema.features) if feature.nullable],
+        num_rows=max(feature.num_rows for feature in schema.features),
+        background=config.background,
+    )

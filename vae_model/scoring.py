@@ -1,0 +1,135 @@
+"""The anomaly score: a row's negative ELBO, the same in every batch, process and retry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from vae_model.losses import kl_to_standard_normal
+from vae_model.model import Networks
+
+BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of n rows, in nats: `score = column_nll.sum(axis=1) + kl`, higher is more anomalous.
+
+    Args:
+        column_nll: `(n, features)` float32, E_q[-log p(x_j|z)] of every feature.
+        kl: `(n,)` float32, KL(q(z|x) || N(0, I)).
+    """
+
+    column_nll: np.ndarray
+    kl: np.ndarray
+
+    @property
+    def score(self) -> np.ndarray:
+        """`(n,)` float32."""
+        return self.column_nll.sum(axis=1) + self.kl
+
+
+class ElboScorer:
+    """Negative ELBO with fixed noise.
+
+    Args:
+        networks: The trained model.
+        noise: `(samples, latent_dim)`, drawn once at training time and kept in the bundle. Every row
+            uses the same draws, so that its score depends on nothing but the row.
+    """
+
+    def __init__(self, networks: Networks, noise: np.ndarray) -> None:
+        self._networks, self.noise = networks, noise
+
+    def score(self, inputs: dict[str, np.ndarray]) -> Scores:
+        """Scores encoded rows, see `EncodedTable.inputs`."""
+        column_nll, kl = _in_batches(self._elbo_terms, inputs)
+        return Scores(column_nll, kl)
+
+    def latents(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """`z_mean` and `z_log_var (n, latent_dim)` of encoded rows."""
+        z_mean, z_log_var = _in_batches(self._latents, inputs)
+        return z_mean, z_log_var
+
+    def expect(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the decoder expects of encoded rows, at `z = z_mean`: the likelihoods' parameters by head.
+
+        `classes (n, learned categories)` and `class_probability` are the likeliest ones.
+        """
+        parts = _in_batches(self._heads, inputs)
+        return dict(zip(sorted(self._head_names()), parts, strict=True))
+
+    @property
+    def number_stddev(self) -> np.ndarray:
+        """`(views * numeric,)` standard deviation of each encoded number."""
+        return np.exp(0.5 * np.asarray(self._networks.likelihood.number_log_var()))
+
+    # One graph for every batch size, traced on first use.
+
+    @cached_property
+    def _elbo_terms(self) -> Any:
+        return self._compile(self._elbo_terms_eagerly)
+
+    @cached_property
+    def _latents(self) -> Any:
+        return self._compile(lambda inputs: tuple(self._networks.encoder(inputs, training=False)))
+
+    @cached_property
+    def _heads(self) -> Any:
+        return self._compile(self._heads_eagerly)
+
+    def _compile(self, function: Any) -> Any:
+        signature = {
+            tensor.name: tf.TensorSpec((None, tensor.shape[-1]), tensor.dtype)
+            for tensor in self._networks.encoder.inputs
+        }
+        return tf.function(function, input_signature=[signature]).get_concrete_function()
+
+    def _elbo_terms_eagerly(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        networks = self._networks
+        z_mean, z_log_var = networks.encoder(inputs, training=False)
+        stddev = ops.exp(0.5 * z_log_var)
+        draws = [
+            networks.likelihood(networks.decoder(z_mean + stddev * eps, training=False), inputs) for eps in self.noise
+        ]
+        return sum(draws[1:], draws[0]) / len(draws), kl_to_standard_normal(z_mean, z_log_var)
+
+    def _head_names(self) -> list[str]:
+        heads = [name for name in self._networks.likelihood.heads if name != "logits"]
+        return heads + (["class_probability", "classes"] if "logits" in self._networks.likelihood.heads else [])
+
+    def _heads_eagerly(self, inputs: dict[str, Any]) -> list[Any]:
+        z_mean, _ = self._networks.encoder(inputs, training=False)
+        likelihood = self._networks.likelihood
+        heads = likelihood.decode(self._networks.decoder(z_mean, training=False))
+        if "logits" in heads:
+            groups = likelihood.category_log_softmax(heads.pop("logits"))
+            order = np.argsort([member for members, _ in groups for member in members])
+            classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
+            largest = ops.concatenate([ops.max(block, axis=-1) for _, block in groups], axis=-1)
+            heads["classes"] = ops.take(classes, order, axis=1)
+            heads["class_probability"] = ops.exp(ops.take(largest, order, axis=1))
+        return [heads[name] for name in sorted(heads)]
+
+
+def _in_batches(function: Any, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    n = len(inputs["present"])
+    batches = []
+    for start in range(0, max(n, 1), BATCH_ROWS):
+        batch = {name: tf.convert_to_tensor(values[start : start + BATCH_ROWS]) for name, values in inputs.items()}
+        batches.append([part.numpy() for part in function(batch)])
+    return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*batches, strict=True)]
+
+
+def draw_noise(num_samples: int, latent_dim: int, seed: int) -> np.ndarray:
+    """`(num_samples, latent_dim)` float32 standard normal draws, in antithetic pairs where even."""
+    rng = np.random.default_rng(seed)
+    if num_samples % 2:
+        return rng.standard_normal((num_samples, latent_dim)).astype(np.float32)
+    half = rng.standard_normal((num_samples // 2, latent_dim)).astype(np.float32)
+    return np.concatenate([half, -half])

@@ -1,0 +1,353 @@
+"""One-pass, mergeable column statistics: the same objects fold over row groups, machines and streams.
+
+Heavy hitters and distinct counts are Apache DataSketches. Its quantile sketches draw random bits that
+cannot be seeded, so that the same table and seed would give another model; `QuantileSketch` draws none.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasketches
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vae_model.tables import RecordError, as_levels, as_numbers, as_times, example
+
+MAX_LEVELS = 65_536  # kept by name in one column; a sketch of 2^17 slots counts up to 98,304 exactly
+_LG_SLOTS = 17
+_LG_DISTINCT = 12
+_GRANULARITIES = np.array([86_400_000_000, 3_600_000_000, 60_000_000, 1_000_000, 1])  # microseconds
+
+
+class QuantileSketch:
+    """A mergeable summary of a distribution: weighted points, exact while at most 2,048 values are distinct.
+
+    Summaries of equal age merge pairwise, as in Manku, Rajagopalan and Lindsay (SIGMOD 1998): after
+    B updates a rank is off by at most log2(B) / 4096.
+    """
+
+    max_points: ClassVar[int] = 2048
+
+    def __init__(self, levels: dict[int, tuple[np.ndarray, np.ndarray]] | None = None) -> None:
+        self._levels = levels or {}
+
+    def update(self, values: np.ndarray) -> None:
+        """Adds finite values `(n,)`."""
+        if len(values):
+            self._insert(0, *np.unique(values, return_counts=True))
+
+    def merge(self, other: QuantileSketch) -> None:
+        for level, (points, weights) in other._levels.items():
+            self._insert(level, points, weights)
+
+    def _insert(self, level: int, points: np.ndarray, weights: np.ndarray) -> None:
+        points, weights = self._compress(points, weights)
+        while level in self._levels:
+            points, weights = self._combine([self._levels.pop(level), (points, weights)])
+            points, weights = self._compress(points, weights)
+            level += 1
+        self._levels[level] = points, weights
+
+    @staticmethod
+    def _combine(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        points, where = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
+        return points, np.bincount(where, np.concatenate([w for _, w in parts]))
+
+    def _compress(self, points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(points) <= self.max_points:
+            return points, weights.astype(np.float64)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        targets = (np.arange(self.max_points) + 0.5) * (cumulative[-1] / self.max_points)
+        chosen, counts = np.unique(np.searchsorted(cumulative, targets), return_counts=True)
+        return points[chosen], counts * (cumulative[-1] / self.max_points)
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct values, ascending, and the number of rows that each stands for."""
+        if not self._levels:
+            return np.empty(0), np.empty(0)
+        return self._combine(list(self._levels.values()))
+
+    def quantile(self, ranks: np.ndarray | float) -> np.ndarray:
+        """Values at ranks in [0, 1]."""
+        points, weights = self.points()
+        cumulative = np.cumsum(weights)
+        where = np.searchsorted(cumulative, np.asarray(ranks) * cumulative[-1])
+        return points[np.minimum(where, len(points) - 1)]
+
+    def to_json(self) -> list[list[Any]]:
+        return [[level, points.tolist(), weights.tolist()] for level, (points, weights) in self._levels.items()]
+
+    @classmethod
+    def from_json(cls, values: list[list[Any]]) -> QuantileSketch:
+        return cls({level: (np.array(points), np.array(weights)) for level, points, weights in values})
+
+
+@dataclass
+class NumericStatistics:
+    """Of a column of numbers; missing is null or NaN."""
+
+    kind: ClassVar[str] = "numeric"
+    num_rows: int = 0
+    num_missing: int = 0
+    mean: float = 0.0
+    m2: float = 0.0  # sum of squared deviations from the mean
+    minimum: float = np.inf
+    maximum: float = -np.inf
+    # Sums for the correlation of the value with the row's position, and the ranges of sorted
+    # batches while none overlap (None: they do): how a counter gives itself away.
+    position_mean: float = 0.0
+    position_m2: float = 0.0
+    position_product: float = 0.0
+    ranges: list[tuple[float, float]] | None = field(default_factory=list)
+    quantiles: QuantileSketch = field(default_factory=QuantileSketch)
+
+    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+        values, bad = as_numbers(column)
+        if len(bad):
+            raise RecordError(f"{name}: expected numbers, got {example(column, bad)} in row {start + bad[0]:,}")
+        present = ~np.isnan(values)
+        infinite = np.flatnonzero(np.isinf(values))
+        if len(infinite):
+            raise RecordError(
+                f"{name}: expected finite numbers, got {len(infinite):,} infinite, the first in row "
+                f"{start + infinite[0]:,}; make them null, or exclude the column"
+            )
+        positions = start + np.flatnonzero(present).astype(np.float64)
+        values = values[present]
+        part = NumericStatistics(num_rows=len(present), num_missing=int(len(present) - len(values)))
+        if len(values):
+            with np.errstate(over="ignore", invalid="ignore"):
+                part.mean, part.position_mean = float(values.mean()), float(positions.mean())
+                deviations, moves = values - part.mean, positions - part.position_mean
+                part.m2, part.position_m2 = float(deviations @ deviations), float(moves @ moves)
+                part.position_product = float(deviations @ moves)
+            part.minimum, part.maximum = float(values.min()), float(values.max())
+            steps = np.diff(values)
+            is_sorted = bool((steps >= 0).all() or (steps <= 0).all())
+            part.ranges = [(part.minimum, part.maximum)] if is_sorted else None
+            part.quantiles.update(values)
+        self.merge(part)
+
+    def merge(self, other: NumericStatistics) -> None:
+        # Chan, Golub and LeVeque (1983).
+        a, b = self.num_rows - self.num_missing, other.num_rows - other.num_missing
+        if b:
+            with np.errstate(over="ignore", invalid="ignore"):
+                delta, move = np.float64(other.mean) - self.mean, np.float64(other.position_mean) - self.position_mean
+                share, cross = b / (a + b), a * b / (a + b)
+                self.m2 = float(self.m2 + other.m2 + delta * delta * cross)
+                self.position_m2 = float(self.position_m2 + other.position_m2 + move * move * cross)
+                self.position_product = float(self.position_product + other.position_product + delta * move * cross)
+                self.mean = float(self.mean + delta * share)
+                self.position_mean = float(self.position_mean + move * share)
+        self.num_rows += other.num_rows
+        self.num_missing += other.num_missing
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.ranges = _disjoint(self.ranges, other.ranges)
+        self.quantiles.merge(other.quantiles)
+
+    @property
+    def stddev(self) -> float:
+        """Population standard deviation; from the quantiles where squares overflow."""
+        n = self.num_rows - self.num_missing
+        variance = self.m2 / n if n else 0.0
+        if np.isfinite(variance) and (variance > 0 or self.minimum == self.maximum):
+            return float(np.sqrt(variance))
+        low, high = self.quantiles.quantile(np.array([0.16, 0.84]))
+        spread = high / 2 - low / 2
+        return float(spread if spread > 0 else self.maximum / 2 - self.minimum / 2)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the column moves one way through the rows: a counter, a year, a load time."""
+        if self.num_rows - self.num_missing < 3 or self.minimum == self.maximum:
+            return False
+        scale = np.sqrt(self.m2) * np.sqrt(self.position_m2)
+        correlated = np.isfinite(scale) and scale > 0 and abs(self.position_product) / scale >= 0.98
+        return bool(correlated or (self.ranges is not None and len(self.ranges) > 0))
+
+
+def _disjoint(
+    a: list[tuple[float, float]] | None, b: list[tuple[float, float]] | None
+) -> list[tuple[float, float]] | None:
+    """The ranges of both, ascending, or None once two overlap by more than an end."""
+    if a is None or b is None:
+        return None
+    ranges = sorted(a + b)
+    overlap = any(high > low for (_, high), (low, _) in itertools.pairwise(ranges))
+    return None if overlap else ranges
+
+
+@dataclass
+class CategoricalStatistics:
+    """Of a column of levels, named as text."""
+
+    kind: ClassVar[str] = "categorical"
+    num_rows: int = 0
+    num_missing: int = 0
+    num_characters: int = 0
+    levels: Any = field(default_factory=lambda: datasketches.frequent_strings_sketch(_LG_SLOTS))
+    distinct: Any = field(default_factory=lambda: datasketches.hll_sketch(_LG_DISTINCT, datasketches.HLL_8))
+
+    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+        levels = as_levels(column)
+        self.num_rows += len(levels)
+        self.num_missing += levels.null_count
+        self.num_characters += pc.sum(pc.utf8_length(levels)).as_py() or 0
+        counts = levels.drop_null().value_counts()
+        for level, count in zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True):
+            self.levels.update(level, count)
+            self.distinct.update(level)
+
+    def merge(self, other: CategoricalStatistics) -> None:
+        self.num_rows += other.num_rows
+        self.num_missing += other.num_missing
+        self.num_characters += other.num_characters
+        self.levels.merge(other.levels)
+        union = datasketches.hll_union(_LG_DISTINCT)
+        union.update(self.distinct)
+        union.update(other.distinct)
+        self.distinct = union.get_result(datasketches.HLL_8)
+
+    def most_frequent(self) -> list[tuple[str, int]]:
+        """Levels and their counts, most frequent first (then by name), at most `MAX_LEVELS`."""
+        items = self.levels.get_frequent_items(datasketches.NO_FALSE_POSITIVES)
+        ranked = sorted(((level, int(count)) for level, count, _, _ in items), key=lambda item: (-item[1], item[0]))
+        return ranked[:MAX_LEVELS]
+
+    @property
+    def num_distinct(self) -> float:
+        """Estimated number of levels, within about 2 %."""
+        return float(self.distinct.get_estimate())
+
+
+@dataclass
+class TimeStatistics:
+    """Of a column of timestamps, dates or times of day."""
+
+    kind: ClassVar[str] = "timestamp"
+    num_rows: int = 0
+    num_missing: int = 0
+    minimum: int = np.iinfo(np.int64).max  # microseconds since 1970
+    maximum: int = np.iinfo(np.int64).min
+    granularity: int = 0  # position in day, hour, minute, second, microsecond: the coarsest that all share
+    hours: np.ndarray = field(default_factory=lambda: np.zeros(24, np.int64))
+    weekdays: np.ndarray = field(default_factory=lambda: np.zeros(7, np.int64))
+    months: np.ndarray = field(default_factory=lambda: np.zeros(12, np.int64))
+
+    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+        times, present, bad = as_times(column)
+        if len(bad):
+            raise RecordError(f"{name}: expected times, got {example(column, bad)} in row {start + bad[0]:,}")
+        self.num_rows += len(times)
+        self.num_missing += int(len(times) - present.sum())
+        times = times[present]
+        if not len(times):
+            return
+        self.minimum, self.maximum = min(self.minimum, int(times.min())), max(self.maximum, int(times.max()))
+        while (times % _GRANULARITIES[self.granularity]).any():
+            self.granularity += 1
+        self.hours = self.hours + np.bincount(times // _GRANULARITIES[1] % 24, minlength=24)
+        self.weekdays = self.weekdays + np.bincount(weekday(times), minlength=7)
+        self.months = self.months + np.bincount(month(times), minlength=12)
+
+    def merge(self, other: TimeStatistics) -> None:
+        self.num_rows += other.num_rows
+        self.num_missing += other.num_missing
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.granularity = max(self.granularity, other.granularity)
+        self.hours, self.weekdays = self.hours + other.hours, self.weekdays + other.weekdays
+        self.months = self.months + other.months
+
+    @property
+    def resolution(self) -> int:
+        """The coarsest of day, hour, minute, second, microsecond that divides every time, in microseconds."""
+        return int(_GRANULARITIES[self.granularity])
+
+
+def weekday(times: np.ndarray) -> np.ndarray:
+    """0 Monday to 6 Sunday, of microseconds since 1970 (a Thursday)."""
+    return (times // _GRANULARITIES[0] + 3) % 7
+
+
+def month(times: np.ndarray) -> np.ndarray:
+    """0 January to 11 December, of microseconds since 1970."""
+    return times.astype("datetime64[us]").astype("datetime64[M]").astype(np.int64) % 12
+
+
+ColumnStatistics = NumericStatistics | CategoricalStatistics | TimeStatistics
+_KINDS: dict[str, type[ColumnStatistics]] = {
+    cls.kind: cls for cls in (NumericStatistics, CategoricalStatistics, TimeStatistics)
+}
+
+
+class TableStatistics:
+    """Statistics of the columns of a table.
+
+    Args:
+        kinds: Column name to "numeric", "categorical" or "timestamp".
+    """
+
+    def __init__(self, kinds: dict[str, str]) -> None:
+        self.num_rows = 0
+        self.columns: dict[str, ColumnStatistics] = {name: _KINDS[kind]() for name, kind in kinds.items()}
+
+    def update(self, table: pa.Table, start: int) -> None:
+        """Adds rows, the first of which stands at position `start` of the whole.
+
+        Raises:
+            RecordError: A cell is infinite or is not of the column's kind.
+        """
+        self.num_rows += table.num_rows
+        for name, statistics in self.columns.items():
+            statistics.update(name, table.column(name), start)
+
+    def merge(self, other: TableStatistics) -> None:
+        self.num_rows += other.num_rows
+        for name, statistics in self.columns.items():
+            statistics.merge(other.columns[name])  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        columns = {}
+        for name, statistics in self.columns.items():
+            values = {key: _to_json(value) for key, value in vars(statistics).items()}
+            columns[name] = {"kind": statistics.kind, **values}
+        return {"num_rows": self.num_rows, "columns": columns}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TableStatistics:
+        table = cls({name: column["kind"] for name, column in values["columns"].items()})
+        table.num_rows = values["num_rows"]
+        for name, statistics in table.columns.items():
+            for key, old in vars(statistics).items():
+                setattr(statistics, key, _from_json(old, values["columns"][name][key]))
+        return table
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, QuantileSketch):
+        return value.to_json()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, datasketches.frequent_strings_sketch):
+        return base64.b64encode(value.serialize()).decode()
+    if isinstance(value, datasketches.hll_sketch):
+        return base64.b64encode(value.serialize_compact()).decode()
+    return value
+
+
+def _from_json(like: Any, value: Any) -> Any:
+    if isinstance(like, QuantileSketch):
+        return QuantileSketch.from_json(value)
+    if isinstance(like, np.ndarray):
+        return np.array(value)
+    if isinstance(like, datasketches.frequent_strings_sketch | datasketches.hll_sketch):
+        return type(like).deserialize(base64.b64decode(value))
+    if isinstance(like, list) and value is not None:
+        return [tuple(item) for item in value]
+    return value
