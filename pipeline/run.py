@@ -39,10 +39,10 @@ class Summary:
     """The job's account: `num_records = num_scored + num_dead_letters`.
 
     Args:
-        num_records: Records in.
+        num_records: Records that the readers met; a file of unknown length counts as one.
         num_scored: Records written with a score.
         num_anomalies: Of these, labelled anomalies.
-        num_dead_letters: Records that could not be scored; a file of unknown length counts as one.
+        num_dead_letters: Records that could not be scored, counted the same way.
         num_unreadable_files: Files whose number of records is not known.
         seconds: From launch to the last file.
         output: Where the scored files are.
@@ -80,16 +80,14 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     # Text is read as the types of training, whatever the first lines look like.
     typed = _with_types(found, bundle.schema.arrow_schema, bundle.schema.names) if input_format != "parquet" else found
     output_schema = score.output_schema(typed)
-    needed = [field for field in typed if field.name in {*bundle.schema.names, *output_schema.names}]
-    read_schema = pa.schema(needed)
     output_format = options.output_format or (
         format_of(options.output) if split_suffix(options.output)[1] else input_format
     )
     _make_room(options.output, output_format, options.overwrite)
 
-    read = pipeline | "ReadTables" >> ReadTables(
-        options.input, read_schema, input_format, required=tuple(bundle.schema.names)
-    )
+    # All columns, also those that are not written: a dead letter carries its whole record.
+    required = tuple(bundle.schema.names)
+    read = pipeline | "ReadTables" >> ReadTables(options.input, typed, input_format, required=required)
     scored = read.tables | "ScoreTables" >> score
     scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
     letters = (read.dead_letters, scored.dead_letters) | "AllDeadLetters" >> beam.Flatten()
@@ -140,13 +138,13 @@ def summarize(result: Any, seconds: float, options: Any) -> Summary:
     for counter in result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
         value = counter.committed if counter.committed is not None else counter.attempted
         counters[counter.key.metric.name] = counters.get(counter.key.metric.name, 0) + value
-    scored, letters = counters.get("num_inferences", 0), counters.get("num_dead_letters", 0)
+    unreadable = counters.get("num_unreadable_files", 0)
     return Summary(
-        num_records=scored + letters,
-        num_scored=scored,
+        num_records=counters.get("num_records", 0) + unreadable,
+        num_scored=counters.get("num_inferences", 0),
         num_anomalies=counters.get("num_anomalies", 0),
-        num_dead_letters=letters,
-        num_unreadable_files=counters.get("num_unreadable_files", 0),
+        num_dead_letters=counters.get("num_dead_letters", 0),
+        num_unreadable_files=unreadable,
         seconds=seconds,
         output=options.output,
         dead_letters=dead_letter_place(options),

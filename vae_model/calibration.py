@@ -60,11 +60,12 @@ class Calibration:
         return len(self.scores)
 
     def p_values(self, scores: np.ndarray) -> np.ndarray:
-        """Share of normal rows at least this strange, `(m,)` float64 in (0, 1].
+        """Share of normal rows at least this strange, `(m,)` float32 in (0, 1].
 
         (1 + #{calibration >= score}) / (n + 1) (Vovk, Gammerman and Shafer, 2005): under
         exchangeability P(p <= a) <= a. Scores beyond all of calibration go on from 1 / (n + 1)
-        down the fitted tail; such values below 1 / (n + 1) are estimates.
+        down the fitted tail; such values below 1 / (n + 1) are estimates. Rounded down to float32, so
+        that comparing one with a rate has the same outcome in float32 and in float64.
         """
         scores = np.asarray(scores, np.float32).astype(np.float64)
         at_least = self.num_rows - np.searchsorted(self.scores, scores, side="left")
@@ -73,7 +74,9 @@ class Calibration:
         if beyond.any():
             last = self._log_survival(np.float64(self.scores[-1]))
             p[beyond] *= np.exp(self._log_survival(scores[beyond]) - last)
-        return np.maximum(p, _TINY)
+        p = np.maximum(p, _TINY)
+        rounded = p.astype(np.float32)
+        return np.where(rounded > p, np.nextafter(rounded, np.float32(0)), rounded)
 
     def _log_survival(self, scores: np.ndarray) -> np.ndarray:
         excess = np.maximum(scores - self.tail_start, 0) / self.tail_scale
@@ -85,7 +88,7 @@ class Calibration:
         low, high = _to_ordinal(np.float32(-np.inf)), _to_ordinal(np.float32(np.finfo(np.float32).max))
         while high - low > 1:
             middle = (low + high) // 2
-            if self.p_values(np.array([_from_ordinal(middle)]))[0] <= rate:
+            if float(self.p_values(np.array([_from_ordinal(middle)]))[0]) <= rate:
                 high = middle
             else:
                 low = middle

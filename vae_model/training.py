@@ -72,12 +72,15 @@ def train(
     networks = build_vae(schema, config, seed=training.seed)
     max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
     batch_size = min(training.batch_size, num_rows)
-    steps_per_validation = max(1, max_steps // 25)
-    num_validations = math.ceil(max_steps / steps_per_validation)
+    # About 25 validations; Keras runs whole executions of several steps, and so would run over.
+    steps_per_execution = min(10, max(1, max_steps // 25))
+    steps_per_validation = max_steps // 25 // steps_per_execution * steps_per_execution or 1
+    num_validations = max_steps // steps_per_validation
+    max_steps = num_validations * steps_per_validation
     schedule = keras.optimizers.schedules.CosineDecay(training.learning_rate, max_steps, alpha=0.02)
     networks.vae.compile(
         optimizer=keras.optimizers.Adam(schedule, global_clipnorm=10.0),
-        steps_per_execution=min(10, steps_per_validation),
+        steps_per_execution=steps_per_execution,
         jit_compile=False,
     )
     warmup_steps = int(training.kl_warmup * max_steps)
@@ -151,13 +154,17 @@ class _Watch(keras.callbacks.Callback):
         self._worse = 0
         self.history: list[dict[str, float]] = []
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._warm_up()
+
+    def _warm_up(self) -> None:
         ramp = min(1.0, self._step / self._warmup_steps) if self._warmup_steps else 1.0
         self._beta_weight.assign(self._beta * ramp)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # `batch` counts within the epoch and jumps by the steps of one execution.
         self._step = int(self._vae.optimizer.iterations.numpy())
+        self._warm_up()  # here, so that a validation that follows weighs the KL as the next steps do
         logs = logs or {}
         if not math.isfinite(logs.get("loss", 0.0)):
             raise TrainingError(
