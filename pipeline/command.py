@@ -35,6 +35,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument(
         "--folder", default="demo", metavar="DIR", help="Where tables, bundle and scores go (default demo/)."
     )
+    demo.add_argument("--picture", metavar="SVG", help="Save what it found as a picture too.")
     demo.set_defaults(command=_run_demo)
 
 
@@ -90,5 +91,5 @@ def print_summary(summary: Any) -> None:
 def _run_demo(args: argparse.Namespace) -> int:
     from pipeline.demo import demo
 
-    demo(Path(args.folder))
+    demo(Path(args.folder), picture=Path(args.picture) if args.picture else None)
     return 0

