@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Self
 
 
@@ -11,11 +14,27 @@ def _require(name: str, value: object, ok: bool, wanted: str) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 < value < 1  # type: ignore[operator]
+
+
+_COUNT, _SHARE = "a whole number > 0", "a number in (0, 1)"
+
+
 class _Config:
     """To and from JSON, refusing names it does not know."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        values = json.dumps(asdict(self), default=lambda number: number.item())  # type: ignore[call-overload]  # numpy's
+        return json.loads(values)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -53,15 +72,19 @@ class VAEConfig(_Config):
     num_samples: int = 4
 
     def __post_init__(self) -> None:
-        _require("hidden_dims", self.hidden_dims, all(d > 0 for d in self.hidden_dims), "positive widths")
-        _require("latent_dim", self.latent_dim, self.latent_dim is None or self.latent_dim > 0, "a number > 0")
-        _require("embedding_dim", self.embedding_dim, self.embedding_dim > 0, "a number > 0")
-        _require("beta", self.beta, self.beta >= 0, "a number >= 0")
-        known = bool(self.views) and set(self.views) <= {"standard", "quantile"}
-        _require("views", self.views, known and len(set(self.views)) == len(self.views), "'standard', 'quantile'")
-        _require("min_stddev", self.min_stddev, self.min_stddev > 0, "a number > 0")
-        _require("background", self.background, 0 < self.background < 1, "a number in (0, 1)")
-        _require("num_samples", self.num_samples, self.num_samples > 0, "a number > 0")
+        for name in ("hidden_dims", "views"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        dims, views = self.hidden_dims, self.views
+        _require("hidden_dims", dims, isinstance(dims, tuple) and all(map(_is_whole, dims)), "whole numbers > 0")
+        known = isinstance(views, tuple) and views and set(views) <= {"standard", "quantile"}
+        _require("views", views, bool(known) and len(set(views)) == len(views), "'standard', 'quantile' or both, once")
+        _require("latent_dim", self.latent_dim, self.latent_dim is None or _is_whole(self.latent_dim), _COUNT)
+        _require("embedding_dim", self.embedding_dim, _is_whole(self.embedding_dim), _COUNT)
+        _require("num_samples", self.num_samples, _is_whole(self.num_samples), _COUNT)
+        _require("beta", self.beta, _is_number(self.beta) and self.beta >= 0, "a number >= 0")
+        _require("min_stddev", self.min_stddev, _is_number(self.min_stddev) and self.min_stddev > 0, "a number > 0")
+        _require("background", self.background, _is_share(self.background), _SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +124,23 @@ class TrainingConfig(_Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "learning_rate", "buffer_mib"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
-        for name in ("max_steps", "patience"):
+        for name in ("max_steps", "batch_size", "patience", "buffer_mib"):
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "a number > 0")
+            optional = name in ("max_steps", "patience")
+            _require(name, value, (optional and value is None) or _is_whole(value), _COUNT)
         for name in ("validation_fraction", "calibration_fraction", "false_positive_rate", "contamination"):
             value = getattr(self, name)
-            _require(name, value, value is None or 0 < value < 1, "a number in (0, 1)")
-        _require("kl_warmup", self.kl_warmup, 0 <= self.kl_warmup < 1, "a number in [0, 1)")
+            optional = name in ("calibration_fraction", "contamination")
+            _require(name, value, (optional and value is None) or _is_share(value), _SHARE)
+        held_out = self.validation_fraction + (self.calibration_fraction or 0)
+        _require("validation_fraction + calibration_fraction", held_out, held_out < 1, "less than 1")
+        _require(
+            "learning_rate",
+            self.learning_rate,
+            _is_number(self.learning_rate) and self.learning_rate > 0,
+            "a number > 0",
+        )
+        _require(
+            "kl_warmup", self.kl_warmup, _is_number(self.kl_warmup) and 0 <= self.kl_warmup < 1, "a number in [0, 1)"
+        )
+        _require("seed", self.seed, _is_whole(self.seed, 0), "a whole number >= 0")

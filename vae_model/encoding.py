@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vae_model.schema import CategoricalFeature, ConstantFeature, NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import Rejects, as_levels, as_numbers, as_times, example
@@ -59,7 +60,7 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
             repeated = ("duplicate_column", f"expected the column once, got it {len(found)} times")
             rejects.add(np.arange(n), feature.name, *(repeated if found else missing))
             continue
-        column = table.column(found[0])
+        column = _as_trained(table.column(found[0]), schema.arrow_type(feature.name))
         if isinstance(feature, NumericFeature):
             values, here = _finite(column, feature.name, rejects)
             values = np.where(here, values, feature.mean)
@@ -89,6 +90,21 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
             fixed_nll[:, j] += np.where(here, if_present, if_missing)
         present[:, j] = here
     return EncodedTable(inputs, codes, rejects)
+
+
+def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:
+    """Durations in the unit, and zoned timestamps in the zone, of the training table."""
+    kind = column.type
+    if pa.types.is_duration(kind) and pa.types.is_duration(trained):
+        return pc.divide(
+            column.cast(pa.int64()).cast(pa.float64(), safe=False), _PER_SECOND[kind.unit] / _PER_SECOND[trained.unit]
+        )
+    if pa.types.is_timestamp(kind) and pa.types.is_timestamp(trained) and kind.tz and trained.tz:
+        return column.cast(pa.timestamp(kind.unit, trained.tz))
+    return column
+
+
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def _finite(column: pa.ChunkedArray, name: str, rejects: Rejects) -> tuple[np.ndarray, np.ndarray]:

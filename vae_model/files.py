@@ -15,7 +15,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path on it."""
     uri = str(uri)
     if "://" in uri:
-        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        return fs.FileSystem.from_uri(uri)
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
@@ -63,7 +63,7 @@ def _glob_regex(pattern: str) -> str:
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
     return "".join(
-        known.get(part) or (part if part.startswith("[") and i % 2 else re.escape(part)) for i, part in enumerate(parts)
+        known.get(part) or (part.replace("[!", "[^") if i % 2 else re.escape(part)) for i, part in enumerate(parts)
     )
 
 
@@ -77,7 +77,7 @@ def read_bytes(uri: str, name: str) -> bytes:
     """One file of the directory at `uri`."""
     system, root = filesystem(uri)
     with system.open_input_stream(posixpath.join(root, name)) as stream:
-        return stream.read()  # type: ignore[no-any-return]
+        return stream.read()
 
 
 def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: bool = False) -> None:

@@ -27,7 +27,7 @@ class KLDivergence(keras.layers.Layer):
     """
 
     def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # float32 stays float32 under mixed precision
         if not beta >= 0:
             raise ValueError(f"beta: expected a number >= 0, got {beta}")
         self.beta = beta
@@ -36,11 +36,16 @@ class KLDivergence(keras.layers.Layer):
         # A weight, not a float: a callback can warm it up inside the compiled graph, and a
         # checkpoint resumes it.
         self.weight = self.add_weight(
-            name="beta", shape=(), dtype="float32", trainable=False, initializer=keras.initializers.Constant(self.beta)
+            name="beta",
+            shape=(),
+            dtype="float32",
+            autocast=False,
+            trainable=False,
+            initializer=keras.initializers.Constant(self.beta),
         )
 
     def call(self, inputs: Any) -> Any:
-        # Summed over latents, averaged over rows; exp() in float32 under mixed precision.
+        # Summed over latents, averaged over rows; float16 could not hold exp(log_var).
         mean, log_var = (ops.cast(x, "float32") for x in inputs)
         self.add_loss(self.weight * ops.mean(kl_to_standard_normal(mean, log_var)))
         return inputs
@@ -66,7 +71,7 @@ class Sampling(keras.layers.Layer):
     """
 
     def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -198,7 +203,7 @@ class ColumnNLL(keras.layers.Layer):
     """
 
     def __init__(self, spec: LikelihoodSpec | dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # nats in float32 under mixed precision
         self.spec = spec = LikelihoodSpec(**spec) if isinstance(spec, dict) else spec
         self.groups = _group_by_size([len(p) for p in spec.class_probabilities])
         widths = {
@@ -212,15 +217,17 @@ class ColumnNLL(keras.layers.Layer):
 
     def build(self, hidden_shape: Any, inputs_shape: Any = None) -> None:
         width = sum(self.heads.values())
-        self.kernel = self.add_weight(name="kernel", shape=(hidden_shape[-1], width), initializer="glorot_uniform")
-        self.bias = self.add_weight(name="bias", shape=(width,), initializer="zeros")
+        float32 = {"dtype": "float32", "autocast": False}
+        kernel_shape = (hidden_shape[-1], width)
+        self.kernel = self.add_weight(name="kernel", shape=kernel_shape, initializer="glorot_uniform", **float32)
+        self.bias = self.add_weight(name="bias", shape=(width,), initializer="zeros", **float32)
         if self.spec.stddev_floors:
             shape = (len(self.spec.stddev_floors),)
-            self.log_var = self.add_weight(name="log_var", shape=shape, dtype="float32", initializer="zeros")
+            self.log_var = self.add_weight(name="log_var", shape=shape, initializer="zeros", **float32)
 
     def decode(self, hidden: Any) -> dict[str, Any]:
         """The parameters of every likelihood, by head, float32."""
-        out = ops.cast(ops.matmul(hidden, self.kernel) + self.bias, "float32")
+        out = ops.matmul(ops.cast(hidden, "float32"), self.kernel) + self.bias
         heads, start = {}, 0
         for name, width in self.heads.items():
             heads[name] = out[:, start : start + width]

@@ -23,6 +23,7 @@ if keras.backend.backend() != "tensorflow":
 LOG_VAR_RANGE = (-10.0, 4.0)  # of q(z|x): without bounds, wide sparse tables end in NaN
 
 
+@keras.saving.register_keras_serializable(package="vae_model")
 class VAE(keras.Model):
     """A functional model whose loss is the batch's mean negative ELBO: mean of Σ column_nll, plus the KL layer's term.
 
@@ -37,11 +38,12 @@ class VAE(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        reconstruction = ops.mean(ops.sum(y_pred["column_nll"], axis=-1))
+        # Row by row, so that a last batch of fewer rows counts for no more than its rows.
+        reconstruction = ops.sum(y_pred["column_nll"], axis=-1)
         self._reconstruction_loss.update_state(reconstruction)
-        self._kl_loss.update_state(ops.mean(kl_to_standard_normal(y_pred["z_mean"], y_pred["z_log_var"])))
+        self._kl_loss.update_state(kl_to_standard_normal(y_pred["z_mean"], y_pred["z_log_var"]))
         # Plus: -ELBO = -E_q[log p(x|z)] + KL. With a minus the loss has no lower bound.
-        return reconstruction + sum(self.losses)
+        return ops.mean(reconstruction) + sum(self.losses)
 
 
 @dataclass(frozen=True)

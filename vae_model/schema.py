@@ -297,8 +297,8 @@ class TableSchema:
     def from_json(cls, values: dict[str, Any]) -> TableSchema:
         features = []
         for item in values["features"]:
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}
-            features.append(_FEATURES[fields.pop("kind")](**fields))
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items() if k != "kind"}
+            features.append(_FEATURES[item["kind"]](**fields))
         serialized = pa.py_buffer(base64.b64decode(values["arrow_schema"]))
         return cls(tuple(features), values["passthrough"], pa.ipc.read_schema(serialized))
 
@@ -364,13 +364,13 @@ def choose_kinds(
             chosen[name] = kind
     kinds, passthrough = {}, {}
     for column in arrow_schema:
-        kind = chosen.get(column.name) or column_kind(column.type)
-        if kind == "excluded":
+        reading = chosen.get(column.name, column_kind(column.type))
+        if reading == "excluded":
             passthrough[column.name] = "excluded by the user"
-        elif kind is None:
+        elif reading is None:
             passthrough[column.name] = f"{column.type} is not read"
         else:
-            kinds[column.name] = kind
+            kinds[column.name] = reading
     return kinds, passthrough
 
 
@@ -400,12 +400,13 @@ def infer_schema(
             carried[name] = reason or "its times cover no whole day, week or year"
         else:
             features.append(feature)
-    if all(isinstance(feature, ConstantFeature) for feature in features):
+    schema = TableSchema(tuple(features), carried, arrow_schema.remove_metadata())
+    if not any(feature.nullable for feature in schema.fixed_categories) and schema.fixed_categories == features:
         listed = "; ".join(f"{name}: {reason}" for name, reason in carried.items())
         raise ValueError(
-            f"expected a column that varies, got {len(features)} constant ones ({listed or 'none carried'})"
+            f"expected a column that varies, got {len(features)} constant or never repeated ones "
+            f"({listed or 'none carried'})"
         )
-    schema = TableSchema(tuple(features), carried, arrow_schema.remove_metadata())
     ordered = [*schema.numeric, *schema.timestamps, *schema.learned_categories, *schema.fixed_categories]
     return TableSchema(tuple(ordered), carried, schema.arrow_schema)
 
@@ -440,12 +441,13 @@ def _feature(name: str, column: ColumnStatistics, kind: pa.DataType) -> Feature 
 
 
 def _numeric(base: dict[str, Any], column: NumericStatistics, kind: pa.DataType) -> NumericFeature:
-    points, weights = column.quantiles.points()
+    points, weights = column.points()
     stddev = column.stddev
     total = weights.sum()
     scores = ndtri((np.cumsum(weights) - weights / 2) / total)  # normal score of the middle of each value's ranks
     mean = float(np.average(scores, weights=weights))
     spread = float(np.sqrt(np.average((scores - mean) ** 2, weights=weights)))
+    edges = min(-_EDGE_SCORE, scores[0]), max(_EDGE_SCORE, scores[-1])
     if len(points) > _NUM_KNOTS:  # knots at even normal scores: dense in the tails
         wanted = np.linspace(scores[0], scores[-1], _NUM_KNOTS)
         chosen = np.unique(np.searchsorted(scores, wanted).clip(0, len(points) - 1))
@@ -463,7 +465,7 @@ def _numeric(base: dict[str, Any], column: NumericStatistics, kind: pa.DataType)
         resolution=float(min(gap, _LINEAR_STDDEVS)),
         knots=tuple(knots.tolist()),
         knot_scores=tuple(scores.tolist()),
-        edge_scores=((-_EDGE_SCORE - mean) / spread, (_EDGE_SCORE - mean) / spread),
+        edge_scores=(float(edges[0] - mean) / spread, float(edges[1] - mean) / spread),
         quantile_resolution=float(np.median(np.diff(scores))),
         is_integer=pa.types.is_integer(kind),
     )

@@ -7,7 +7,8 @@ cannot be seeded, so that the same table and seed would give another model; `Qua
 from __future__ import annotations
 
 import base64
-import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,11 +25,18 @@ _LG_DISTINCT = 12
 _GRANULARITIES = np.array([86_400_000_000, 3_600_000_000, 60_000_000, 1_000_000, 1])  # microseconds
 
 
+def merge_points(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted points, ascending, each value once."""
+    points, where = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
+    return points, np.bincount(where, np.concatenate([w for _, w in parts]))
+
+
 class QuantileSketch:
     """A mergeable summary of a distribution: weighted points, exact while at most 2,048 values are distinct.
 
     Summaries of equal age merge pairwise, as in Manku, Rajagopalan and Lindsay (SIGMOD 1998): after
-    B updates a rank is off by at most log2(B) / 4096.
+    B updates a rank is off by at most (1 + log2(B)) / 4096. A value in more than one row of 2,048
+    keeps its exact share, so that it does not swallow the others.
     """
 
     max_points: ClassVar[int] = 2048
@@ -48,29 +56,27 @@ class QuantileSketch:
     def _insert(self, level: int, points: np.ndarray, weights: np.ndarray) -> None:
         points, weights = self._compress(points, weights)
         while level in self._levels:
-            points, weights = self._combine([self._levels.pop(level), (points, weights)])
+            points, weights = merge_points([self._levels.pop(level), (points, weights)])
             points, weights = self._compress(points, weights)
             level += 1
         self._levels[level] = points, weights
 
-    @staticmethod
-    def _combine(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        points, where = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
-        return points, np.bincount(where, np.concatenate([w for _, w in parts]))
-
     def _compress(self, points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(points) <= self.max_points:
-            return points, weights.astype(np.float64)
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        targets = (np.arange(self.max_points) + 0.5) * (cumulative[-1] / self.max_points)
+        weights = weights.astype(np.float64)
+        light = weights <= weights.sum() / self.max_points
+        if light.sum() <= self.max_points:
+            return points, weights
+        cumulative = np.cumsum(weights[light])
+        step = cumulative[-1] / self.max_points
+        targets = (np.arange(self.max_points) + 0.5) * step
         chosen, counts = np.unique(np.searchsorted(cumulative, targets), return_counts=True)
-        return points[chosen], counts * (cumulative[-1] / self.max_points)
+        return merge_points([(points[light][chosen], counts * step), (points[~light], weights[~light])])
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct values, ascending, and the number of rows that each stands for."""
         if not self._levels:
             return np.empty(0), np.empty(0)
-        return self._combine(list(self._levels.values()))
+        return merge_points(list(self._levels.values()))
 
     def quantile(self, ranks: np.ndarray | float) -> np.ndarray:
         """Values at ranks in [0, 1]."""
@@ -98,12 +104,12 @@ class NumericStatistics:
     m2: float = 0.0  # sum of squared deviations from the mean
     minimum: float = np.inf
     maximum: float = -np.inf
-    # Sums for the correlation of the value with the row's position, and the ranges of sorted
-    # batches while none overlap (None: they do): how a counter gives itself away.
+    # Sums for the correlation of the value with the row's position, and each batch's position, first
+    # and last value while all move one way (None: they do not): how a counter gives itself away.
     position_mean: float = 0.0
     position_m2: float = 0.0
     position_product: float = 0.0
-    ranges: list[tuple[float, float]] | None = field(default_factory=list)
+    runs: list[tuple[int, float, float]] | None = field(default_factory=list)
     quantiles: QuantileSketch = field(default_factory=QuantileSketch)
 
     def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
@@ -127,9 +133,7 @@ class NumericStatistics:
                 part.m2, part.position_m2 = float(deviations @ deviations), float(moves @ moves)
                 part.position_product = float(deviations @ moves)
             part.minimum, part.maximum = float(values.min()), float(values.max())
-            steps = np.diff(values)
-            is_sorted = bool((steps >= 0).all() or (steps <= 0).all())
-            part.ranges = [(part.minimum, part.maximum)] if is_sorted else None
+            part.runs = [(start, float(values[0]), float(values[-1]))] if _one_way(values) else None
             part.quantiles.update(values)
         self.merge(part)
 
@@ -148,19 +152,29 @@ class NumericStatistics:
         self.num_rows += other.num_rows
         self.num_missing += other.num_missing
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
-        self.ranges = _disjoint(self.ranges, other.ranges)
+        self.runs = _joined(self.runs, other.runs)
         self.quantiles.merge(other.quantiles)
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct values, ascending, from the least to the largest, and the rows that each stands for."""
+        points, weights = self.quantiles.points()
+        if not len(points):
+            return points, weights
+        ends = np.setdiff1d([self.minimum, self.maximum], points)  # a large sketch begins and ends inside the data
+        return merge_points([(points, weights), (ends, np.ones(len(ends)))])
 
     @property
     def stddev(self) -> float:
         """Population standard deviation; from the quantiles where squares overflow."""
         n = self.num_rows - self.num_missing
-        variance = self.m2 / n if n else 0.0
+        if n == 0:
+            return 0.0
+        variance = self.m2 / n
         if np.isfinite(variance) and (variance > 0 or self.minimum == self.maximum):
             return float(np.sqrt(variance))
         low, high = self.quantiles.quantile(np.array([0.16, 0.84]))
-        spread = high / 2 - low / 2
-        return float(spread if spread > 0 else self.maximum / 2 - self.minimum / 2)
+        spread = high / 2 - low / 2 or self.maximum / 2 - self.minimum / 2
+        return float(max(spread, np.finfo(np.float64).smallest_subnormal))
 
     @property
     def drifts(self) -> bool:
@@ -169,18 +183,21 @@ class NumericStatistics:
             return False
         scale = np.sqrt(self.m2) * np.sqrt(self.position_m2)
         correlated = np.isfinite(scale) and scale > 0 and abs(self.position_product) / scale >= 0.98
-        return bool(correlated or (self.ranges is not None and len(self.ranges) > 0))
+        return bool(correlated or self.runs)
 
 
-def _disjoint(
-    a: list[tuple[float, float]] | None, b: list[tuple[float, float]] | None
-) -> list[tuple[float, float]] | None:
-    """The ranges of both, ascending, or None once two overlap by more than an end."""
+def _joined(
+    a: list[tuple[int, float, float]] | None, b: list[tuple[int, float, float]] | None
+) -> list[tuple[int, float, float]] | None:
+    """The runs of both, in the order of their rows, or None once they do not all move one way."""
     if a is None or b is None:
         return None
-    ranges = sorted(a + b)
-    overlap = any(high > low for (_, high), (low, _) in itertools.pairwise(ranges))
-    return None if overlap else ranges
+    runs = sorted(a + b)
+    return runs if _one_way(np.array([value for _, *ends in runs for value in ends])) else None
+
+
+def _one_way(values: np.ndarray) -> bool:
+    return bool((values[1:] >= values[:-1]).all() or (values[1:] <= values[:-1]).all())
 
 
 @dataclass
@@ -338,6 +355,8 @@ def _to_json(value: Any) -> Any:
         return base64.b64encode(value.serialize()).decode()
     if isinstance(value, datasketches.hll_sketch):
         return base64.b64encode(value.serialize_compact()).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers
     return value
 
 
@@ -350,4 +369,4 @@ def _from_json(like: Any, value: Any) -> Any:
         return type(like).deserialize(base64.b64decode(value))
     if isinstance(like, list) and value is not None:
         return [tuple(item) for item in value]
-    return value
+    return float(value) if isinstance(like, float) else value

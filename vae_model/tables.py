@@ -54,9 +54,7 @@ class Rejects:
     def table(self) -> pa.Table:
         """Columns `row`, `column`, `error_type`, `error`: one line per rejected row, ascending."""
         rows = np.flatnonzero(self.codes)
-        reasons = pa.table(
-            list(zip(*self.reasons, strict=True)) if self.reasons else [[], [], []], schema=_REASON_SCHEMA
-        )
+        reasons = pa.Table.from_pylist([reason._asdict() for reason in self.reasons], schema=_REASON_SCHEMA)
         return reasons.take(self.codes[rows] - 1).add_column(0, "row", pa.array(rows))
 
     def summary(self, max_examples: int = 3) -> str:
@@ -74,7 +72,11 @@ _REASON_SCHEMA = pa.schema([(name, pa.string()) for name in Reason._fields])
 
 def example(column: pa.ChunkedArray, rows: np.ndarray) -> str:
     """The first bad cell, short enough for a message."""
-    return repr(column[int(rows[0])].as_py())[:60]
+    cell = column[int(rows[0])]
+    try:
+        return repr(cell.as_py())[:60]
+    except (ValueError, OverflowError):  # a time beyond Python's
+        return str(cell.value)
 
 
 # ---- casting, cell by cell where need be -------------------------------------------------------
@@ -86,87 +88,126 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def decode(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dictionaries as their values, all strings as `string`: what the casts below know."""
+    """Dictionaries as their values, all strings as `string`, float16 as float32: what the casts below know."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.string())
+    if pa.types.is_float16(column.type):
+        column = column.cast(pa.float32())
     return column
 
 
 def cast_cells(column: pa.ChunkedArray, wanted: pa.DataType) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Casts a column; a cell that has no such value becomes null and its row number is returned.
 
-    Text is read as the number, time or truth value that it spells.
+    Text is read as the number, time or truth value that it spells. What becomes of a cell does not
+    depend on its neighbours.
 
     Returns:
         The column, and the rows whose cell held something else, ascending.
     """
-    none = np.empty(0, np.int64)
     if column.type == wanted:
-        return column, none
+        return column, np.empty(0, np.int64)
+    if pa.types.is_dictionary(wanted):
+        values, bad = cast_cells(column, wanted.value_type)
+        return values.dictionary_encode().cast(wanted), bad
     column = decode(column)
-    # Integers beyond 2^53 lose digits as floats: meant.
-    safe = not (pa.types.is_integer(column.type) and pa.types.is_floating(wanted))
-    if pa.types.is_decimal(column.type) and pa.types.is_floating(wanted):
-        safe = False
+    if pa.types.is_floating(column.type) and not pa.types.is_floating(wanted):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    if is_text(column.type):
+        after = _read_text(column, wanted)
+    elif pa.types.is_floating(column.type) and pa.types.is_integer(wanted):
+        after = _cast_each(pc.if_else(pc.equal(column, pc.floor(column)), column, None), wanted)
+    else:
+        after = _cast_each(column, wanted)
+    return after, np.flatnonzero(_valid(column) & ~_valid(after))
+
+
+def _valid(column: pa.ChunkedArray) -> np.ndarray:
+    return column.is_valid().to_numpy().astype(bool)
+
+
+def _cast_each(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    """Casts the cells that can be cast; the others become null."""
+    return pa.chunked_array([_cast_parts(chunk, wanted) for chunk in column.chunks], wanted)
+
+
+def _cast_parts(cells: pa.Array, wanted: pa.DataType) -> pa.Array:
+    # Arrow says that some cell cannot be cast, not which: search in ever smaller parts.
+    if cells.null_count < len(cells):
+        try:
+            return _cast(cells, wanted)
+        except pa.ArrowNotImplementedError:
+            pass
+        except pa.ArrowInvalid:
+            if len(cells) > 1:
+                size = -(-len(cells) // 16)
+                parts = [cells.slice(start, size) for start in range(0, len(cells), size)]
+                return pa.concat_arrays([_cast_parts(part, wanted) for part in parts])
+    return pa.nulls(len(cells), wanted)
+
+
+def _cast(cells: pa.Array, wanted: pa.DataType) -> pa.Array:
+    kind = cells.type
+    if pa.types.is_decimal(wanted) and pa.types.is_boolean(kind):
+        cells = cells.cast(pa.int8())
+    if pa.types.is_decimal(wanted) and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        cells = cells.cast(pa.decimal256(20, 0))  # the least that holds every integer
+    if pa.types.is_duration(wanted) and pa.types.is_integer(kind):
+        cells = cells.cast(pa.int64())
+    # Digits beyond a float's, and fractions of a time's unit, are dropped; values out of range never are.
+    coarser = pa.types.is_temporal(kind) and pa.types.is_temporal(wanted) and _fineness(kind) > _fineness(wanted)
+    return cells.cast(wanted, safe=not (coarser or pa.types.is_floating(wanted)))
+
+
+def _fineness(kind: pa.DataType) -> int:
+    return ("s", "ms", "us", "ns").index(kind.unit) if hasattr(kind, "unit") else -1  # dates have none
+
+
+_NUMBER_TEXT = r"(?i)^[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)$"
+_WHOLE_TEXT = r"^[+-]?\d+(\.0*)?$"
+
+
+def _read_text(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    """What text spells; null where it spells no such value."""
+    text = pc.utf8_trim_whitespace(column)
+    if pa.types.is_floating(wanted) or pa.types.is_decimal(wanted):
+        return _cast_each(_matching(text, _NUMBER_TEXT), wanted)
+    if pa.types.is_integer(wanted) or pa.types.is_duration(wanted):
+        digits = pc.replace_substring_regex(_matching(text, _WHOLE_TEXT), r"^\+|\.0*$", "")
+        if pa.types.is_duration(wanted):
+            digits = _cast_each(digits, pa.int64())
+        return _cast_each(digits, wanted)
+    if pa.types.is_boolean(wanted):
+        return _cast_each(_matching(text, "(?i)^(true|false|1|0)$"), wanted)
+    if pa.types.is_time(wanted):
+        on_a_day = pc.binary_join_element_wise("1970-01-01T", _matching(text, "^[0-9:.]+$"), "")
+        return _cast_each(_read_times(on_a_day), wanted)
+    if pa.types.is_temporal(wanted):
+        times = _read_times(text)
+        zoned = pa.types.is_timestamp(wanted) and wanted.tz
+        return _cast_each(times.cast(pa.timestamp("us", "UTC")) if zoned else times, wanted)
+    return _cast_each(column, wanted)
+
+
+def _matching(text: pa.ChunkedArray, pattern: str) -> pa.ChunkedArray:
+    return pc.if_else(pc.match_substring_regex(text, pattern), text, None)
+
+
+def _read_times(text: pa.ChunkedArray) -> pa.ChunkedArray:
+    """ISO 8601 text as timestamps[us]; with an offset, as UTC."""
     try:
-        return column.cast(wanted, safe=safe), none
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass
-    before = column.is_valid().to_numpy(zero_copy_only=False) if column.num_chunks else np.empty(0, bool)
-    after = _coerce(column, wanted)
-    valid = after.is_valid().to_numpy(zero_copy_only=False) if after.num_chunks else np.empty(0, bool)
-    return after, np.flatnonzero(before & ~valid)
-
-
-def _coerce(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
-    """Casts what can be cast; the rest becomes null."""
-    nothing = pa.chunked_array([pa.nulls(len(column), wanted)])
-    values: pd.Series
-    try:
-        if pa.types.is_floating(wanted) and is_text(column.type):
-            values = pd.to_numeric(column.to_pandas(), errors="coerce")
-            return pa.chunked_array([pa.array(values.to_numpy(np.float64), from_pandas=True).cast(wanted)])
-        if pa.types.is_integer(wanted) or pa.types.is_decimal(wanted):
-            if is_text(column.type):
-                column = pa.chunked_array(
-                    [pc.if_else(pc.match_substring_regex(column, r"^\s*[+-]?\d+(\.0*)?\s*$"), column, None)]
-                )
-                column = pc.utf8_trim_whitespace(pc.replace_substring_regex(column, r"\.0*\s*$", ""))
-            elif pa.types.is_floating(column.type):
-                column = pc.if_else(pc.equal(column, pc.floor(column)), column, None)
-            return _cast_in_range(column, wanted)
-        if pa.types.is_temporal(wanted) and is_text(column.type):
-            values = pd.to_datetime(column.to_pandas(), errors="coerce", format="ISO8601", utc=True)
-            times = pa.chunked_array([pa.array(values, from_pandas=True, type=pa.timestamp("us", "UTC"))])
-            if pa.types.is_timestamp(wanted) and wanted.tz:
-                return times.cast(wanted)
-            return times.cast(pa.timestamp("us")).cast(wanted, safe=False)
-        if pa.types.is_boolean(wanted) and is_text(column.type):
-            lower = pc.utf8_lower(column)
-            known = pc.is_in(lower, value_set=pa.array(["true", "false", "1", "0"]))
-            return pc.if_else(known, lower, None).cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError):
-        return nothing
-    return nothing
-
-
-def _cast_in_range(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
-    try:
-        return column.cast(wanted)
+        return text.cast(pa.timestamp("us"))
     except pa.ArrowInvalid:
-        number = pa.decimal256(76, 0) if pa.types.is_integer(wanted) else pa.float64()
-        wide = column.cast(number, safe=False)
-    if pa.types.is_integer(wanted):
-        bits = wanted.bit_width - (0 if pa.types.is_unsigned_integer(wanted) else 1)
-        low = 0 if pa.types.is_unsigned_integer(wanted) else -(2**bits)
-        inside = pc.and_(
-            pc.greater_equal(wide, pa.scalar(low, pa.decimal256(76, 0))),
-            pc.less_equal(wide, pa.scalar(2**bits - 1, pa.decimal256(76, 0))),
-        )
-        return pc.if_else(inside, wide, None).cast(wanted)
-    return pa.chunked_array([pa.nulls(len(column), wanted)])
+        pass
+    # pandas knows offsets and short forms, but only the years 1678 to 2261.
+    read = pd.to_datetime(text.to_pandas(), errors="coerce", format="ISO8601", utc=True)
+    times = pa.chunked_array(
+        [pa.array(read, pa.timestamp("ns", "UTC"), from_pandas=True).cast(pa.timestamp("us"), safe=False)]
+    )
+    rest = pc.if_else(times.is_valid(), None, _matching(text, r"^\d{4}-\d\d-\d\d"))
+    return pc.coalesce(times, _cast_each(rest, pa.timestamp("us")))
 
 
 def conform(table: pa.Table, schema: pa.Schema, required: Sequence[str] = ()) -> tuple[pa.Table, Rejects]:
@@ -196,18 +237,18 @@ def conform(table: pa.Table, schema: pa.Schema, required: Sequence[str] = ()) ->
 
 def from_frame(frame: pd.DataFrame) -> pa.Table:
     """A DataFrame as a table, its index left out; a column of mixed objects becomes text."""
-    repeated = frame.columns[frame.columns.duplicated()]
+    names = frame.columns.map(str)
+    repeated = names[names.duplicated()]
     if len(repeated):
         raise RecordError(f"{repeated[0]}: expected each column once, got it twice")
     columns = {}
-    for name in frame.columns:
-        series = frame[name]
+    for i, name in enumerate(names):
+        series = frame.iloc[:, i]
         try:
-            columns[str(name)] = pa.array(series, from_pandas=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[str(name)] = pa.array(
-                series.where(series.isna(), series.astype(str)), pa.string(), from_pandas=True
-            )
+            columns[name] = pa.array(series, from_pandas=True)
+        except (pa.ArrowException, OverflowError):  # mixed, too large, or unknown to Arrow
+            text = series.astype(object).map(str, na_action="ignore")
+            columns[name] = pa.array(text, pa.string(), from_pandas=True)
     return pa.table(columns)
 
 
@@ -266,7 +307,7 @@ class ParquetTables:
                 with system.open_input_file(path) as handle:
                     metadata = pq.read_metadata(handle)
                     schema = metadata.schema.to_arrow_schema()
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, OSError) as error:
                 raise RecordError(f"{path}: expected a Parquet file, got one that cannot be read ({error})") from error
             _refuse_repeated(schema, path)
             schemas.append(schema.remove_metadata())
@@ -280,33 +321,41 @@ class ParquetTables:
     def _unify(self, schemas: list[pa.Schema]) -> pa.Schema:
         unified = schemas[0]
         for schema, (_, path) in zip(schemas[1:], self._files[1:], strict=True):
-            for name in unified.names:
-                if name not in schema.names:
-                    raise RecordError(f"{name}: {path} has no such column, {self._files[0][1]} has")
+            fields = []
+            for field in unified:
+                if field.name not in schema.names:
+                    raise RecordError(f"{field.name}: {path} has no such column, {self._files[0][1]} has")
+                other = schema.field(field.name)
                 try:
-                    pa.unify_schemas(
-                        [pa.schema([unified.field(name)]), pa.schema([schema.field(name)])],
-                        promote_options="permissive",
-                    )
+                    fields.append(_wider(field, other))
                 except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    got, wanted = schema.field(name).type, unified.field(name).type
                     raise RecordError(
-                        f"{name}: expected {wanted} as in {self._files[0][1]}, got {got} in {path}"
+                        f"{field.name}: expected {field.type} as in {self._files[0][1]}, got {other.type} in {path}"
                     ) from error
-            unified = pa.unify_schemas(
-                [unified, schema.empty_table().select(unified.names).schema], promote_options="permissive"
-            )
+            unified = pa.schema(fields)
         return unified
 
     def read(self, block: Block, columns: Sequence[str] | None = None) -> pa.Table:
         system, path = self._files[block.source]
         names = self.schema.names if columns is None else list(columns)
-        with system.open_input_file(path) as handle, pq.ParquetFile(handle) as file:
-            table = file.read_row_group(block.row_group, columns=names)
+        try:
+            with system.open_input_file(path) as handle, pq.ParquetFile(handle) as file:
+                table = file.read_row_group(block.row_group, columns=names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RecordError(f"{path}: row group {block.row_group} cannot be read ({error})") from error
         table, rejects = conform(table, pa.schema([self.schema.field(name) for name in names]))
         if len(rejects):
             raise RecordError(f"{path}: {rejects.summary()}")
         return table
+
+
+def _wider(a: pa.Field, b: pa.Field) -> pa.Field:
+    """A field whose type holds the values of both."""
+    if pa.types.is_dictionary(a.type) != pa.types.is_dictionary(b.type):
+        a, b = (f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in (a, b))
+    if is_text(a.type) and is_text(b.type):
+        return a.with_type(pa.string())
+    return pa.unify_schemas([pa.schema([a]), pa.schema([b])], promote_options="permissive").field(0)
 
 
 def _refuse_repeated(schema: pa.Schema, where: str) -> None:
@@ -335,7 +384,7 @@ def rechunk(tables: Iterator[pa.Table] | Sequence[pa.Table], max_rows: int) -> I
 
 
 def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A column as float64.
+    """A column as float64; durations in their unit.
 
     Returns:
         Values `(n,)`, NaN where missing, and the rows whose cell is no number.
@@ -343,7 +392,7 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     if pa.types.is_duration(column.type):
         column = column.cast(pa.int64())
     if pa.types.is_temporal(column.type):
-        return np.full(len(column), np.nan), np.flatnonzero(column.is_valid())
+        return np.full(len(column), np.nan), np.flatnonzero(_valid(column))
     numbers, bad = cast_cells(column, pa.float64())
     return numbers.to_numpy(), bad
 
@@ -353,9 +402,11 @@ def as_levels(column: pa.ChunkedArray) -> pa.ChunkedArray:
     column = decode(column)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column.cast(pa.float64()))
-    if pa.types.is_nested(column.type):
-        return pa.chunked_array([pa.array([str(cell) for cell in column.to_pylist()], pa.string())])
-    return column.cast(pa.string(), safe=False)
+    try:
+        return column.cast(pa.string(), safe=not pa.types.is_temporal(column.type))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # nested, or bytes that are no text
+        cells = [None if cell is None else str(cell) for cell in column.to_pylist()]
+        return pa.chunked_array([pa.array(cells, pa.string())])
 
 
 def as_times(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -366,19 +417,14 @@ def as_times(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     Returns:
         Microseconds `(n,)` int64, whether each is present `(n,)`, and the rows that are no time.
     """
-    none = np.empty(0, np.int64)
     column = decode(column)
-    if is_text(column.type):
-        column, none = cast_cells(column, pa.timestamp("us"))
-    elif pa.types.is_time(column.type):
-        column = column.cast(pa.time64("us"), safe=False).cast(pa.int64())
-    elif pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("us"))
-    elif pa.types.is_timestamp(column.type):
-        if column.type.tz:
-            column = pc.local_timestamp(column)
-        column = column.cast(pa.timestamp("us"), safe=False)
-    elif not pa.types.is_null(column.type):
-        return np.zeros(len(column), np.int64), np.zeros(len(column), bool), np.flatnonzero(column.is_valid())
-    present = column.is_valid().to_numpy()
-    return pc.fill_null(column.cast(pa.int64()), 0).to_numpy(), present, none
+    kind = column.type
+    if pa.types.is_timestamp(kind) and kind.tz:
+        column = pc.local_timestamp(column)
+    if is_text(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind):
+        times, bad = cast_cells(column, pa.timestamp("us"))
+    elif pa.types.is_time(kind):
+        times, bad = cast_cells(column, pa.time64("us"))
+    else:
+        return np.zeros(len(column), np.int64), np.zeros(len(column), bool), np.flatnonzero(_valid(column))
+    return pc.fill_null(times.cast(pa.int64()), 0).to_numpy(), _valid(times), bad

@@ -1,0 +1,182 @@
+import keras
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from vae_model.config import VAEConfig
+from vae_model.encoding import encode
+from vae_model.model import build_vae
+from vae_model.schema import choose_kinds, infer_schema
+from vae_model.scoring import ElboScorer
+from vae_model.statistics import TableStatistics
+
+CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, embedding_dim=2)
+
+
+def schema_of(table):
+    kinds, passthrough = choose_kinds(table.schema)
+    statistics = TableStatistics(kinds)
+    statistics.update(table, 0)
+    return infer_schema(statistics, table.schema, passthrough)
+
+
+def mixed_table(n=40):
+    rng = np.random.default_rng(0)
+    return pa.table(
+        {
+            "x": rng.normal(size=n),
+            "y": pa.array(rng.normal(size=n), mask=rng.random(n) < 0.3),
+            "t": pa.array(rng.integers(0, 365 * 86_400, n) * 1_000_000, pa.timestamp("us")),
+            "c": pa.array(rng.choice(["a", "b", "c"], n)),
+            "d": pa.array(["same"] * n),
+        }
+    )
+
+
+def mixed_model(config=CONFIG, seed=3):
+    table = mixed_table()
+    schema = schema_of(table)
+    keras.utils.set_random_seed(0)
+    networks = build_vae(schema, config, seed=seed)
+    networks.vae.compile(optimizer="sgd")
+    return networks, encode(table, schema, config.views).inputs
+
+
+def set_draws(networks, seed):
+    """Sampling draws from here on what a fresh generator of that seed draws."""
+    networks.vae.get_layer("sampling").seed_generator.state.assign(keras.random.SeedGenerator(seed).state)
+
+
+def some(inputs, rows):
+    return {name: values[rows] for name, values in inputs.items()}
+
+
+def test_at_beta_one_and_one_noise_the_loss_is_the_mean_score():
+    networks, inputs = mixed_model()
+    inputs = some(inputs, slice(0, 5))
+    set_draws(networks, 7)
+    loss = networks.vae.evaluate(inputs, batch_size=1, verbose=0)  # so that every row has a draw of its own
+    draws = keras.random.SeedGenerator(7)
+    scores = []
+    for row in range(5):
+        noise = np.asarray(keras.random.normal((1, 2), seed=draws))
+        scores.append(ElboScorer(networks, noise).score(some(inputs, slice(row, row + 1))).score[0])
+    assert networks.vae.metrics_names[0] == "loss"
+    assert loss[0] == pytest.approx(np.mean(scores), rel=1e-5)
+
+
+def test_the_kl_moves_the_loss_by_beta_times_its_mean():
+    networks, inputs = mixed_model()
+    rows = len(inputs["present"])
+    z_mean, z_log_var = (np.float64(part) for part in networks.encoder.predict(inputs, verbose=0))
+    kl = [
+        sum(0.5 * (np.exp(lv) + m * m - 1 - lv) for m, lv in zip(*row, strict=True))
+        for row in zip(z_mean, z_log_var, strict=True)
+    ]
+    losses = []
+    for beta in (0.7, 0.0):
+        networks.vae.get_layer("kl").weight.assign(beta)
+        set_draws(networks, 1)
+        losses.append(networks.vae.evaluate(inputs, batch_size=rows, verbose=0)[0])
+    assert np.mean(kl) > 0.01
+    assert losses[0] - losses[1] == pytest.approx(0.7 * np.mean(kl), rel=1e-3)
+
+
+def test_the_loss_of_discrete_rows_never_falls_below_their_entropy():
+    # True of every model by Gibbs' inequality, and of no model trained on -KL.
+    levels = ["a"] * 30 + ["b"] * 20 + ["c"] * 10
+    table = pa.table({"c": levels, "d": levels})
+    schema = schema_of(table)
+    keras.utils.set_random_seed(0)
+    networks = build_vae(schema, CONFIG)
+    networks.vae.compile(optimizer=keras.optimizers.Adam(0.05))
+    inputs = encode(table, schema, CONFIG.views).inputs
+    networks.vae.fit(inputs, batch_size=60, epochs=30, verbose=0)
+    many = {name: np.tile(values, (20, 1)) for name, values in inputs.items()}
+    loss = networks.vae.evaluate(many, batch_size=1200, verbose=0)[0]
+    entropy = stats.entropy([30, 20, 10])
+    assert entropy < loss < 1.9 * entropy  # less than two columns on their own would cost: it did learn
+
+
+def test_reconstruction_and_kl_make_up_the_loss_also_over_a_last_batch_of_fewer():
+    networks, inputs = mixed_model()
+    losses = networks.vae.evaluate(inputs, batch_size=27, verbose=0, return_dict=True)
+    assert losses["loss"] == pytest.approx(losses["reconstruction_loss"] + losses["kl_loss"], rel=1e-5)
+
+
+def test_the_reported_kl_is_of_weight_one_whatever_beta_is():
+    networks, inputs = mixed_model()
+    networks.vae.get_layer("kl").weight.assign(0.0)
+    losses = networks.vae.evaluate(inputs, verbose=0, return_dict=True)
+    assert losses["loss"] == pytest.approx(losses["reconstruction_loss"], rel=1e-6)
+    assert losses["kl_loss"] > 0
+
+
+def test_an_exported_model_gives_the_same_outputs(tmp_path):
+    networks, inputs = mixed_model()
+    set_draws(networks, 5)
+    networks.vae.save(tmp_path / "vae.keras")
+    expected = networks.vae.predict(inputs, verbose=0)
+    restored = keras.models.load_model(tmp_path / "vae.keras")
+    for name, values in restored.predict(inputs, verbose=0).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, err_msg=name)
+
+
+def test_weights_move_to_another_network():
+    networks, inputs = mixed_model()
+    other, _ = mixed_model(seed=9)
+    for weight in other.vae.trainable_weights:
+        weight.assign(weight + 1)
+    other.load_weights(networks.weights)
+    noise = np.zeros((1, 2), np.float32)
+    np.testing.assert_array_equal(
+        ElboScorer(other, noise).score(inputs).score, ElboScorer(networks, noise).score(inputs).score
+    )
+
+
+def test_weights_of_another_shape_are_refused():
+    networks, _ = mixed_model()
+    path = next(path for path in networks.weights if "encoder_0/kernel" in path)
+    with pytest.raises(ValueError, match=rf"weights: {path}: expected shape \(.*\), got \(1, 1\)"):
+        networks.load_weights(networks.weights | {path: np.zeros((1, 1))})
+
+
+def test_absent_weights_are_refused():
+    networks, _ = mixed_model()
+    weights = networks.weights
+    weights.pop(next(path for path in weights if "z_mean/bias" in path))
+    with pytest.raises(ValueError, match="z_mean/bias are in one only"):
+        networks.load_weights(weights)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [["x"], ["t"], ["c"], ["d", "y"], ["x", "y", "t", "c", "d"]],
+    ids="-".join,
+)
+def test_any_mix_of_columns_makes_a_model_with_finite_scores(columns):
+    table = mixed_table().select(columns)
+    schema = schema_of(table)
+    networks = build_vae(schema, VAEConfig(hidden_dims=(4,)))
+    scores = ElboScorer(networks, np.zeros((1, networks.encoder.outputs[0].shape[-1]), np.float32)).score(
+        encode(table, schema, CONFIG.views).inputs
+    )
+    assert scores.column_nll.shape == (40, len(columns))
+    assert np.isfinite(scores.score).all()
+
+
+def test_a_network_may_have_no_hidden_layers():
+    networks, inputs = mixed_model(VAEConfig(hidden_dims=(), latent_dim=2))
+    assert np.isfinite(networks.vae.evaluate(inputs, verbose=0)).all()
+
+
+def test_a_column_whose_missingness_varies_is_enough_for_a_model():
+    table = pa.table({"d": pa.array(["same", None] * 20)})
+    schema = schema_of(table)
+    networks = build_vae(schema, CONFIG)
+    nll = (
+        ElboScorer(networks, np.zeros((1, 2), np.float32)).score(encode(table, schema, CONFIG.views).inputs).column_nll
+    )
+    # Untrained: present and missing are a coin's two sides; the level itself costs next to nothing.
+    np.testing.assert_allclose(nll, np.log(2), atol=0.1)
