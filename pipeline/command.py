@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_job(args: argparse.Namespace) -> int:
     """Runs the job and prints its account."""
     check(args)
-    from pipeline import run
-
+    run = load_job()
     run.refuse_unknown_flags(args.others)
     if run.runner_of(args.others) in _LOCAL_RUNNERS:
         from vae_model.backend import load_quietly
@@ -65,6 +65,16 @@ def run_job(args: argparse.Namespace) -> int:
     if summary is not None:
         print_summary(summary)
     return 0
+
+
+def load_job() -> Any:
+    """`pipeline.run`; Beam warns of Google's libraries, which only some jobs need, while it loads."""
+    logging.disable(logging.WARNING)
+    try:
+        from pipeline import run
+    finally:
+        logging.disable(logging.NOTSET)
+    return run
 
 
 def print_summary(summary: Any) -> None:

@@ -36,8 +36,7 @@ def demo(folder: Path, config: TrainingConfig | None = None, picture: Path | Non
     from vae_model.backend import load_quietly
 
     load_quietly()
-    from pipeline import run
-    from pipeline.command import print_summary
+    from pipeline.command import load_job, print_summary
     from vae_model.cli import Stages, print_bundle
     from vae_model.fitting import fit
 
@@ -68,7 +67,7 @@ def demo(folder: Path, config: TrainingConfig | None = None, picture: Path | Non
     }
     argv = [f"--{name}={value}" for name, value in flags.items()] + ["--runner=FnApiRunner"]
     console.print(f"beam-vae run {' '.join(argv[:-1])}")
-    summary = run.run(argv)
+    summary = load_job().run(argv)
     if summary is not None:
         print_summary(summary)
 

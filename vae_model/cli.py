@@ -6,7 +6,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
+
+from vae_model.config import TrainingConfig, VAEConfig
 
 
 def formatter() -> type[argparse.HelpFormatter]:
@@ -69,33 +72,34 @@ def _add_fit(commands: Any) -> None:
     add("--categorical", type=names, default=[], metavar="A,B", help="Columns to read as levels.")
     add("--timestamp", type=names, default=[], metavar="A,B", help="Columns to read as times.")
     add("--exclude", type=names, default=[], metavar="A,B", help="Columns to carry only.")
-    add("--hidden_dims", type=_widths, metavar="W,W", help="Widths of the hidden layers (default 128,128).")
     for name, kind, help in (
-        ("latent_dim", int, "Latents (default: one per input, at most 16)."),
-        ("beta", float, "Weight of the KL term in training (default 1)."),
-        ("num_samples", int, "Noise draws per score (default 4)."),
-        ("max_steps", int, "Optimizer steps at most (default by the number of rows)."),
-        ("batch_size", int, "Rows per step (default 256)."),
-        ("learning_rate", float, "Adam's, at its peak (default 0.002)."),
-        ("kl_warmup", float, "Share of the steps over which the KL term fades in (default 0.1)."),
-        ("patience", int, "Validations without gain before stopping (default 8)."),
-        ("validation_fraction", float, "Rows held out for early stopping (default 0.1)."),
-        ("calibration_fraction", float, "Rows held out for calibration (default by the number of rows)."),
+        ("hidden_dims", _widths, "Widths of the hidden layers, separated by commas."),
+        ("latent_dim", int, "Latents; by default one per input, at most 16."),
+        ("beta", float, "Weight of the KL term in training."),
+        ("num_samples", int, "Noise draws per score."),
+        ("max_steps", int, "Optimizer steps at most; by default by the number of rows."),
+        ("batch_size", int, "Rows per step."),
+        ("learning_rate", float, "Adam's, at its peak."),
+        ("kl_warmup", float, "Share of the steps over which the KL term fades in."),
+        ("patience", int, "Validations without gain before stopping."),
+        ("validation_fraction", float, "Rows held out for early stopping."),
+        ("calibration_fraction", float, "Rows held out for calibration; by default by the number of rows."),
         ("time_column", str, "Calibrate on the last block of time in this column."),
-        ("false_positive_rate", float, "Share of normal rows labelled anomalous (default 0.01)."),
+        ("false_positive_rate", float, "Share of normal rows labelled anomalous."),
         ("contamination", float, "Share of anomalies in the data; sets the threshold instead."),
-        ("buffer_mib", int, "Memory for shuffling (default 256)."),
-        ("seed", int, "Of weights, shuffling, splits and noise (default 0)."),
+        ("buffer_mib", int, "Memory for shuffling."),
+        ("seed", int, "Of weights, shuffling, splits and noise."),
     ):
-        add(f"--{name}", type=kind, metavar=name.rpartition("_")[2].upper(), help=help)
+        default = getattr(VAEConfig, name, getattr(TrainingConfig, name, None))
+        shown = (
+            "" if default is None else f" (default {','.join(map(str, default)) if name == 'hidden_dims' else default})"
+        )
+        add(f"--{name}", type=kind, metavar=name.rpartition("_")[2].upper(), help=help + shown)
     add("--no_examples", action="store_true", default=None, help="Keep no real row in the bundle.")
 
 
 def _configs(args: argparse.Namespace) -> tuple[Any, Any]:
     """The two configurations, with the flags that were given."""
-    from dataclasses import fields
-
-    from vae_model.config import TrainingConfig, VAEConfig
 
     def given(config: type) -> dict[str, Any]:
         values = {field.name: getattr(args, field.name, None) for field in fields(config)}
@@ -264,7 +268,7 @@ def print_bundle(bundle: Any, uri: str) -> None:
         columns.add_column(heading)
     for feature in bundle.schema.features:
         missing = feature.num_missing / max(feature.num_rows, 1)
-        columns.add_row(feature.name, feature.kind, f"{missing:.2%}" if missing else "", describe(feature))
+        columns.add_row(feature.name, feature.kind, f"{missing:.2%}" if missing else "", feature.description)
     for name, reason in bundle.schema.passthrough.items():
         columns.add_row(name, "[dim]carried[/dim]", "", f"[dim]{reason}[/dim]")
     console.print(columns)
@@ -293,16 +297,3 @@ def print_bundle(bundle: Any, uri: str) -> None:
     tail = f"generalized Pareto, shape {calibration.tail_shape:.3f}"
     facts.add_row("tail", f"{tail}; p-values below {1 / (calibration.num_rows + 1):.1e} are estimates")
     console.print(facts)
-
-
-def describe(feature: Any) -> str:
-    """What a bundle knows of a column, in a few words."""
-    if feature.kind == "numeric":
-        return f"{feature.minimum:.4g} to {feature.maximum:.4g}, mean {feature.mean:.4g}, stddev {feature.stddev:.4g}"
-    if feature.kind == "timestamp":
-        return "read as " + ", ".join(feature.parts)
-    if feature.kind == "constant":
-        return f"always {feature.levels[0]}" if feature.levels else "never a value"
-    return (
-        f"{len(feature.levels):,} levels: {', '.join(feature.levels[:4])}{', ...' if len(feature.levels) > 4 else ''}"
-    )

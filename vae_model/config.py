@@ -111,7 +111,7 @@ class TrainingConfig(_Config):
 
     max_steps: int | None = None
     batch_size: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     kl_warmup: float = 0.1
     patience: int | None = 8
     validation_fraction: float = 0.1

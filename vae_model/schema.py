@@ -52,6 +52,11 @@ class Feature:
         """Whether the model can learn when the column is missing."""
         return 0 < self.num_missing < self.num_rows
 
+    @property
+    def description(self) -> str:
+        """What is known of the column, in a few words."""
+        return self.kind
+
     def missing_nll(self) -> tuple[float, float]:
         """-log p(present), -log p(missing) of a column whose missingness is not learned, in nats."""
         p = np.clip(self.num_missing / max(self.num_rows, 1), 1 / (self.num_rows + 2), 1 - 1 / (self.num_rows + 2))
@@ -90,6 +95,10 @@ class NumericFeature(Feature):
     edge_scores: tuple[float, float]
     quantile_resolution: float
     is_integer: bool
+
+    @property
+    def description(self) -> str:
+        return f"{self.minimum:.4g} to {self.maximum:.4g}, mean {self.mean:.4g}, stddev {self.stddev:.4g}"
 
     @cached_property
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +149,10 @@ class TimestampFeature(Feature):
     parts: tuple[str, ...]
     resolutions: tuple[float, ...]
 
+    @property
+    def description(self) -> str:
+        return "read as " + ", ".join(self.parts)
+
     def angles(self, times: np.ndarray) -> np.ndarray:
         """`(n, parts)` radians of microseconds since 1970."""
         turns = {
@@ -170,6 +183,11 @@ class CategoricalFeature(Feature):
     counts: tuple[int, ...]
     num_classes: int
     unseen: float
+
+    @property
+    def description(self) -> str:
+        more = ", ..." if len(self.levels) > 4 else ""
+        return f"{len(self.levels):,} levels: {', '.join(self.levels[:4])}{more}"
 
     @cached_property
     def _value_set(self) -> pa.Array:
@@ -221,6 +239,10 @@ class ConstantFeature(CategoricalFeature):
 
     kind: ClassVar[str] = "constant"
     number: float | None = None
+
+    @property
+    def description(self) -> str:
+        return f"always {self.levels[0]}" if self.levels else "never a value"
 
 
 _FEATURES: dict[str, type[Feature]] = {

@@ -1,0 +1,395 @@
+"""Batch scoring, Parquet to Parquet: our Beam job against Beam's own ways, PyOD, and a floor without Beam.
+
+    python -m benchmarks.batch [--rows 100000 1000000] [--folder DIR] [--out FILE.csv]
+
+Every contender runs in a process of its own, on the same files, with the same trained network. Times are wall clock
+from the launch of the pipeline (or of the loop) to the last file, model loading included, Python's own start and
+imports not; marginal rows/s come from two sizes, so that start-up drops out. Slow contenders run on fewer rows, as
+the table says. Needs tensorflow_hub, and pyod with torch; a contender whose library is absent is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import make_table, write_table
+
+PLAIN = {"hidden_dims": (64, 32), "latent_dim": 8, "views": ("standard",), "num_samples": 1}
+
+
+# ---- contenders: each scores `source` into `output` with the model in `folder`, and returns nothing ----
+
+
+def beam_job(source: Path, output: Path, folder: Path, bundle: str = "plain") -> None:
+    """Our job, `beam-vae run`."""
+    from pipeline.run import run
+
+    flags = [f"--input={source}", f"--output={output}", f"--bundle={folder / bundle}", "--runner=FnApiRunner"]
+    summary = run(flags)
+    assert summary is not None
+    assert summary.num_scored == pq.read_metadata(source).num_rows
+
+
+def beam_job_default(source: Path, output: Path, folder: Path) -> None:
+    """Our job with the default configuration."""
+    beam_job(source, output, folder, "default")
+
+
+def beam_job_mixed(source: Path, output: Path, folder: Path) -> None:
+    """Our job, plain network, 10 numeric and 10 categorical columns."""
+    beam_job(source, output, folder, "mixed")
+
+
+def python_score(source: Path, output: Path, folder: Path) -> None:
+    """`beam-vae score`: our batch scoring without Beam."""
+    from vae_model.batch import score_files
+    from vae_model.bundle import load_bundle
+
+    score_files(load_bundle(str(folder / "plain")), str(source), str(output / "scored.parquet"))
+
+
+def floor(source: Path, output: Path, folder: Path) -> None:
+    """Hand-written: pyarrow reads, numpy scales, one tf.function scores, pyarrow writes. No checks, no p-values."""
+    import tensorflow as tf
+
+    mean, stddev = _scaling(folder)
+    model = _keras_model(folder)
+    score = tf.function(lambda x: model(x, training=False), input_signature=[tf.TensorSpec((None, len(mean)))])
+    output.mkdir(parents=True)
+    with pq.ParquetFile(source) as file:
+        schema = file.schema_arrow.append(pa.field("anomaly_score", pa.float32()))
+        with pq.ParquetWriter(output / "scored.parquet", schema, compression="zstd") as writer:
+            for batch in file.iter_batches(16_384):
+                columns = [column.to_numpy() for column in batch.columns]
+                x = ((np.stack(columns, axis=1) - mean) / stddev).astype(np.float32)
+                scores = score(tf.constant(x)).numpy()[:, 0]
+                writer.write_batch(pa.record_batch([*batch.columns, pa.array(scores)], schema=schema))
+
+
+def run_inference(source: Path, output: Path, folder: Path) -> None:
+    """Beam's RunInference with its own TensorFlow handler, on scaled rows."""
+    import apache_beam as beam
+    from apache_beam.ml.inference.base import RunInference
+    from apache_beam.ml.inference.tensorflow_inference import TFModelHandlerNumpy
+
+    import benchmarks.network  # noqa: F401  registers the layer that the saved model needs
+
+    mean, stddev = _scaling(folder)
+    handler = TFModelHandlerNumpy(str(folder / "network.keras"), max_batch_size=1024)
+    schema = pa.schema([("anomaly_score", pa.float64())])
+    with beam.Pipeline(runner="FnApiRunner") as p:
+        (
+            p
+            | beam.io.ReadFromParquet(str(source))
+            | beam.Map(lambda row: ((np.array(list(row.values())) - mean) / stddev).astype(np.float32))
+            | RunInference(handler)
+            | beam.Map(lambda result: {"anomaly_score": float(result.inference[0])})
+            | beam.io.WriteToParquet(str(output / "scored"), schema)
+        )
+
+
+def anomaly_detection(source: Path, output: Path, folder: Path) -> None:
+    """Beam's AnomalyDetection with an OfflineDetector on the same TensorFlow handler."""
+    import apache_beam as beam
+    from apache_beam.ml.anomaly.detectors.offline import OfflineDetector
+    from apache_beam.ml.anomaly.thresholds import FixedThreshold
+    from apache_beam.ml.anomaly.transforms import AnomalyDetection
+    from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult
+    from apache_beam.ml.inference.tensorflow_inference import TFModelHandlerNumpy
+
+    import benchmarks.network  # noqa: F401
+
+    mean, stddev = _scaling(folder)
+
+    def to_array(keyed: Any) -> Any:
+        key, row = keyed
+        return key, ((np.array(list(row), np.float64) - mean) / stddev).astype(np.float32)
+
+    def to_score(keyed: Any) -> Any:
+        key, result = keyed
+        return key, PredictionResult(result.example, float(result.inference[0]), result.model_id)
+
+    handler = TFModelHandlerNumpy(str(folder / "network.keras"), max_batch_size=1024)
+    keyed = KeyedModelHandler(handler).with_preprocess_fn(to_array).with_postprocess_fn(to_score)
+    keyed = keyed.with_postprocess_fn(OfflineDetector.score_prediction_adapter)
+    names = pq.read_schema(source).names
+    detector = OfflineDetector(keyed, features=names, threshold_criterion=FixedThreshold(1e9))
+    schema = pa.schema([("anomaly_score", pa.float64())])
+    with beam.Pipeline(runner="FnApiRunner") as p:
+        (
+            p
+            | beam.io.ReadFromParquet(str(source))
+            | beam.Map(lambda row: beam.Row(**row))
+            | AnomalyDetection(detector)
+            | beam.Map(lambda result: {"anomaly_score": result.predictions[0].score})
+            | beam.io.WriteToParquet(str(output / "scored"), schema)
+        )
+
+
+def run_inference_on_tables(source: Path, output: Path, folder: Path) -> None:
+    """RunInference with a handler of ours, fed tables of 16,384 rows: the strong rival."""
+    import apache_beam as beam
+    from apache_beam.ml.inference.base import RunInference
+
+    from benchmarks.network import BundleHandler
+    from vae_model.bundle import load_bundle
+
+    schema = load_bundle(str(folder / "plain")).score(make_table(1, 30, 0, 0)).schema
+    with beam.Pipeline(runner="FnApiRunner") as p:
+        (
+            p
+            | beam.io.ReadFromParquetBatched(str(source))
+            | beam.FlatMap(lambda table: [table.slice(i, 16_384) for i in range(0, table.num_rows, 16_384)])
+            | RunInference(BundleHandler(str(folder / "plain")))
+            | beam.Map(lambda result: result.inference)
+            | beam.io.WriteToParquetBatched(str(output / "scored"), schema, codec="zstd")
+        )
+
+
+def _pyod(source: Path, output: Path, detector: Any) -> None:
+    training = make_table(5000, 30, 0, 1).to_pandas().to_numpy()
+    detector.fit(training)
+    start = time.perf_counter()
+    table = pq.read_table(source)
+    scores = detector.decision_function(table.to_pandas().to_numpy())
+    output.mkdir(parents=True)
+    pq.write_table(
+        table.append_column("anomaly_score", pa.array(scores)), output / "scored.parquet", compression="zstd"
+    )
+    raise _Timed(time.perf_counter() - start)  # training is no part of scoring
+
+
+def pyod_vae(source: Path, output: Path, folder: Path) -> None:
+    """PyOD's VAE with the same layers, `decision_function` on the whole table."""
+    from pyod.models.vae import VAE
+
+    layers = {"encoder_neuron_list": [64, 32], "decoder_neuron_list": [32, 64], "latent_dim": 8}
+    _pyod(source, output, VAE(**layers, epoch_num=1, batch_size=256, verbose=0))
+
+
+def pyod_iforest(source: Path, output: Path, folder: Path) -> None:
+    """PyOD's isolation forest, `decision_function` on the whole table."""
+    from pyod.models.iforest import IForest
+
+    _pyod(source, output, IForest(n_jobs=-1))
+
+
+class _Timed(Exception):
+    """A contender that took its own time."""
+
+
+# name: function, table, share of the rows, libraries
+CONTENDERS: dict[str, tuple[Callable[[Path, Path, Path], None], str, float, tuple[str, ...]]] = {
+    "beam-vae run": (beam_job, "numeric", 1, ()),
+    "beam-vae run, default quality": (beam_job_default, "numeric", 1, ()),
+    "beam-vae run, mixed table": (beam_job_mixed, "mixed", 1, ()),
+    "beam-vae score (no Beam)": (python_score, "numeric", 1, ()),
+    "floor: hand-written, no Beam": (floor, "numeric", 1, ()),
+    "RunInference, our handler, tables": (run_inference_on_tables, "numeric", 1, ()),
+    "RunInference, Beam's TF handler": (run_inference, "numeric", 0.05, ("tensorflow_hub",)),
+    "AnomalyDetection(OfflineDetector)": (anomaly_detection, "numeric", 0.02, ("tensorflow_hub",)),
+    "PyOD VAE": (pyod_vae, "numeric", 0.2, ("pyod", "torch")),
+    "PyOD IForest": (pyod_iforest, "numeric", 0.2, ("pyod",)),
+}
+
+
+# ---- the models ----------------------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> None:
+    """Trains the three bundles and saves the plain one's network for Beam's handler."""
+    from benchmarks.network import save_network
+    from vae_model import TrainingConfig, VAEConfig, fit
+    from vae_model.bundle import load_bundle
+
+    training = TrainingConfig(max_steps=300)
+    for name, config, shape in (
+        ("plain", VAEConfig(**PLAIN), (30, 0)),  # type: ignore[arg-type]
+        ("default", VAEConfig(), (30, 0)),
+        ("mixed", VAEConfig(**PLAIN), (10, 10)),  # type: ignore[arg-type]
+    ):
+        if not (folder / name).exists():
+            fit(make_table(20_000, *shape, 1), config, training, output=str(folder / name))
+    if not (folder / "network.keras").exists():
+        save_network(load_bundle(str(folder / "plain")), folder / "network.keras")
+
+
+def _scaling(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    from vae_model.bundle import load_bundle
+
+    features = load_bundle(str(folder / "plain")).schema.numeric
+    return np.array([f.mean for f in features]), np.array([f.stddev for f in features])
+
+
+def _keras_model(folder: Path) -> Any:
+    import keras
+
+    import benchmarks.network  # noqa: F401
+
+    return keras.models.load_model(folder / "network.keras")
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure(name: str, source: Path, output: Path, folder: Path) -> float:
+    """Seconds of one contender on one file, in this process."""
+    from vae_model.backend import load_quietly
+
+    load_quietly()
+    import apache_beam  # noqa: F401
+
+    function = CONTENDERS[name][0]
+    start = time.perf_counter()
+    try:
+        function(source, output, folder)
+    except _Timed as timed:
+        return float(timed.args[0])
+    return time.perf_counter() - start
+
+
+def stages(source: Path, bundle: str) -> dict[str, float]:
+    """Seconds in each stage of scoring one file, in one thread of Python."""
+    from vae_model.bundle import load_bundle
+    from vae_model.encoding import encode
+
+    loaded = load_bundle(bundle)
+    loaded.verify()
+    spent = dict.fromkeys(("read", "encode", "network", "calibrate", "reasons (3)", "write"), 0.0)
+
+    def timed(stage: str, function: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = function()
+        spent[stage] += time.perf_counter() - start
+        return result
+
+    with pq.ParquetFile(source) as file:
+        batches = iter(file.iter_batches(16_384))
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, file.schema_arrow, compression="zstd") as writer:
+            while (batch := timed("read", lambda: next(batches, None))) is not None:
+                table = pa.Table.from_batches([batch])
+                encoded = timed("encode", lambda table=table: encode(table, loaded.schema, loaded.config.views))
+                scores = timed("network", lambda encoded=encoded: loaded.scorer.score(encoded.inputs))
+                timed("calibrate", lambda scores=scores: loaded.calibration.p_values(scores.score))
+                timed("reasons (3)", lambda t=table, e=encoded, s=scores: loaded._explain(t, e, s, 3))
+                timed("write", lambda table=table: writer.write_table(table))
+    return spent
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 1_000_000], help="Two sizes.")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"), help="For tables and models.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Contenders whose name contains one of these.")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each; the fastest counts.")
+    parser.add_argument("--out", type=Path, help="CSV file for every run.")
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, source, output = args.one
+        print(json.dumps(measure(name, Path(source), Path(output), args.folder)))
+        return
+    prepare(args.folder)
+    console = Console()
+    runs: list[dict[str, Any]] = []
+    for name, (_, kind, share, libraries) in CONTENDERS.items():
+        if args.only and not any(part in name for part in args.only):
+            continue
+        if absent := [library for library in libraries if importlib.util.find_spec(library) is None]:
+            console.print(f"left out: {name} needs {', '.join(absent)}")
+            continue
+        for rows in args.rows:
+            size = int(rows * share)
+            shape = (30, 0) if kind == "numeric" else (10, 10)
+            source = write_table(args.folder / f"{kind}-{size}.parquet", size, *shape)
+            for repeat in range(args.repeats):
+                seconds = _in_a_process(name, source, args.folder)
+                runs.append({"name": name, "rows": size, "repeat": repeat, "seconds": seconds})
+                console.print(f"{name}: {size:,} rows, {seconds:.2f} s", style="dim")
+    if args.out:
+        with args.out.open("w") as file:
+            writer = csv.DictWriter(file, runs[0])
+            writer.writeheader()
+            writer.writerows(runs)
+    report(console, runs)
+    for bundle in ("plain", "default"):
+        source = write_table(args.folder / f"numeric-{args.rows[0]}.parquet", args.rows[0])
+        report_stages(console, bundle, args.rows[0], stages(source, str(args.folder / bundle)))
+
+
+def _in_a_process(name: str, source: Path, folder: Path) -> float:
+    output = folder / f"out-{time.time_ns()}"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.batch",
+        "--folder",
+        str(folder),
+        "--one",
+        name,
+        str(source),
+        str(output),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    subprocess.run(["rm", "-rf", str(output)], check=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def report(console: Console, runs: list[dict[str, Any]]) -> None:
+    """Rows/s of each contender, and how many times ours they are."""
+    best: dict[str, dict[int, float]] = {}
+    for item in runs:
+        sizes = best.setdefault(item["name"], {})
+        sizes[item["rows"]] = min(item["seconds"], sizes.get(item["rows"], float("inf")))
+    marginal = {}
+    for name, sizes in best.items():
+        (small, fast), (large, slow) = sorted(sizes.items())
+        marginal[name] = (large - small) / max(slow - fast, 1e-9)
+    ours = marginal.get("beam-vae run")
+    cores = len(os.sched_getaffinity(0))
+    table = Table(
+        title=f"Parquet to Parquet, 30 float64 columns (240 bytes a row), {cores} cores, 64-32-8 network, S = 1"
+    )
+    for heading in ("", "rows", "seconds", "rows/s", "marginal rows/s", "ours / its"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, sizes in best.items():
+        rows, seconds = max(sizes.items())
+        times = " / ".join(f"{value:.2f}" for _, value in sorted(sizes.items()))
+        ratio = f"{ours / marginal[name]:.2f}" if ours else ""
+        counts = " / ".join(f"{value:,}" for value in sorted(sizes))
+        table.add_row(name, counts, times, f"{rows / seconds:,.0f}", f"{marginal[name]:,.0f}", ratio)
+    console.print(table)
+
+
+def report_stages(console: Console, bundle: str, rows: int, spent: dict[str, float]) -> None:
+    """Where the time of scoring goes."""
+    table = Table(title=f"stages of scoring {rows:,} rows, {bundle} configuration")
+    for heading in ("stage", "seconds", "share", "rows/s"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage, seconds in spent.items():
+        table.add_row(stage, f"{seconds:.3f}", f"{seconds / sum(spent.values()):.0%}", f"{rows / seconds:,.0f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

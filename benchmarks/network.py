@@ -1,0 +1,102 @@
+"""Our trained network in the forms that Beam's own handlers take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import pyarrow as pa
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+from keras import ops
+
+from vae_model.bundle import Bundle, load_bundle
+from vae_model.layers import ColumnNLL
+from vae_model.losses import kl_to_standard_normal
+
+
+@keras.saving.register_keras_serializable(package="benchmarks")
+class OneSampleScore(keras.layers.Layer):
+    """Negative ELBO of scaled numbers with one fixed draw."""
+
+    def __init__(self, spec: dict[str, Any], noise: list[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.spec, self.noise = spec, noise
+        self.likelihood = ColumnNLL(spec)
+
+    def build(self, shapes: Any) -> None:
+        self.likelihood.build(shapes[1])
+
+    def call(self, inputs: Any) -> Any:
+        numbers, hidden, z_mean, z_log_var = inputs
+        row = {"numbers": numbers, "present": ops.ones_like(numbers), "fixed_nll": ops.zeros_like(numbers)}
+        nll = ops.sum(self.likelihood(hidden, row), axis=-1)
+        return (nll + kl_to_standard_normal(z_mean, z_log_var))[:, None]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "spec": self.spec, "noise": self.noise}
+
+
+@keras.saving.register_keras_serializable(package="benchmarks")
+class FixedSampling(keras.layers.Layer):
+    """z for one fixed draw."""
+
+    def __init__(self, noise: list[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.noise = noise
+
+    def call(self, inputs: Any) -> Any:
+        z_mean, z_log_var = inputs
+        return z_mean + ops.exp(0.5 * z_log_var) * ops.convert_to_tensor(self.noise)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "noise": self.noise}
+
+
+def save_network(bundle: Bundle, path: Path) -> None:
+    """The plain bundle's network from scaled numbers `(n, columns)` to scores `(n, 1)`, as a `.keras` file."""
+    networks = bundle.scorer._networks
+    spec = networks.likelihood.get_config()["spec"]
+    numbers = keras.Input((spec["num_numeric"],))
+    dense = {layer.name: layer for layer in [*networks.encoder.layers, *networks.decoder.layers]}
+    hidden = numbers
+    for name in ("encoder_0", "encoder_1"):
+        hidden = _copy(dense[name])(hidden)
+    z_mean, z_log_var = _copy(dense["z_mean"])(hidden), _copy(dense["z_log_var"])(hidden)
+    noise = bundle.noise[0].tolist()
+    hidden = FixedSampling(noise)([z_mean, z_log_var])
+    for name in ("decoder_0", "decoder_1"):
+        hidden = _copy(dense[name])(hidden)
+    score = OneSampleScore(spec, noise)
+    model = keras.Model(numbers, score([numbers, hidden, z_mean, z_log_var]))
+    for layer in model.layers:
+        if layer.name in dense:
+            layer.set_weights(dense[layer.name].get_weights())
+    score.likelihood.set_weights(networks.likelihood.get_weights())
+    model.save(path)
+
+
+def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+    return type(layer).from_config(layer.get_config())
+
+
+class BundleHandler(ModelHandler[pa.Table, PredictionResult, Bundle]):
+    """Scores whole tables: what RunInference can do at its best."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(min_batch_size=1, max_batch_size=1)
+        self._uri = uri
+
+    def load_model(self) -> Bundle:
+        bundle = load_bundle(self._uri)
+        bundle.verify()
+        return bundle
+
+    def run_inference(
+        self, batch: Sequence[pa.Table], model: Bundle, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[PredictionResult]:
+        return [PredictionResult(table, model.score(table)) for table in batch]
+
+    def get_num_bytes(self, batch: Sequence[pa.Table]) -> int:
+        return sum(table.nbytes for table in batch)
