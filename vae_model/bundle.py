@@ -9,10 +9,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,18 @@ def score_fields(reasons: int = 0, prefix: str = "") -> list[pa.Field]:
     return fields
 
 
+def refuse_output(uri: str, overwrite: bool) -> None:
+    """Raises `FileExistsError` where no bundle may be written: over anything, or over what is no bundle."""
+    if not files.exists(uri):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{uri}: already exists; choose another place or overwrite it on purpose")
+    try:
+        read_manifest(uri)
+    except BundleError as error:
+        raise FileExistsError(f"{uri}: is not a bundle, so it will not be overwritten ({error})") from error
+
+
 def refuse_clash(names: Iterable[str], reasons: int = 0, prefix: str = "") -> None:
     """Raises `ValueError` where an input column has the name of a score column."""
     clash = {item.name for item in score_fields(reasons, prefix)} & set(names)
@@ -106,19 +118,47 @@ class Bundle:
         from vae_model.scoring import ElboScorer
 
         networks = build_vae(self.schema, self.config)
-        networks.load_weights(self.weights)
+        try:
+            networks.load_weights(self.weights)
+        except ValueError as error:
+            raise BundleError(f"weights.npz: {error}") from error
+        latent_dim = networks.encoder.outputs[0].shape[-1]
+        if self.noise.ndim != 2 or self.noise.shape[1] != latent_dim:
+            raise BundleError(f"noise.npy: expected shape (samples, {latent_dim}), got {self.noise.shape}")
         return ElboScorer(networks, self.noise)
 
     @overload
     def score(
-        self, data: pa.Table, *, reasons: int = 0, prefix: str = "", threshold: float | None = None
+        self,
+        data: pd.DataFrame,
+        *,
+        reasons: int = 0,
+        prefix: str = "",
+        threshold: float | None = None,
+        errors: Literal["raise"] = "raise",
+    ) -> pd.DataFrame: ...
+    @overload
+    def score(
+        self,
+        data: pa.Table | pa.RecordBatch,
+        *,
+        reasons: int = 0,
+        prefix: str = "",
+        threshold: float | None = None,
+        errors: Literal["raise"] = "raise",
     ) -> pa.Table: ...
     @overload
     def score(
-        self, data: pd.DataFrame, *, reasons: int = 0, prefix: str = "", threshold: float | None = None
-    ) -> pd.DataFrame: ...
+        self,
+        data: pa.Table | pa.RecordBatch | pd.DataFrame,
+        *,
+        reasons: int = 0,
+        prefix: str = "",
+        threshold: float | None = None,
+        errors: Literal["split"],
+    ) -> ScoredTable: ...
 
-    def score(self, data, *, reasons=0, prefix="", threshold=None):  # type: ignore[no-untyped-def]
+    def score(self, data, *, reasons=0, prefix="", threshold=None, errors="raise"):  # type: ignore[no-untyped-def]
         """Adds score columns to every row of a table (or DataFrame, which then comes back).
 
         Args:
@@ -126,39 +166,51 @@ class Bundle:
             reasons: Strangest columns to explain per row.
             prefix: Of the score columns' names.
             threshold: Score, in nats, that replaces the bundle's.
+            errors: "raise" where rows do not fit, or "split" them off: a `ScoredTable` comes back then,
+                rows in = scored + rejects.
 
         Raises:
-            RecordError: Rows do not fit, see `split` for a way around; names every offending column.
+            RecordError: Rows do not fit; names every offending column.
             ValueError: The data has a column with the name of a score column.
         """
-        table = from_frame(data) if isinstance(data, pd.DataFrame) else data
+        if errors not in ("raise", "split"):
+            raise ValueError(f"errors: expected 'raise' or 'split', got {errors!r}")
+        table = _as_table(data)
         scored, rejects = self.split(table, reasons=reasons, prefix=prefix, threshold=threshold)
-        if len(rejects):
-            raise RecordError(rejects.summary())
-        if not isinstance(data, pd.DataFrame):
-            return scored
-        added = scored.select([item.name for item in score_fields(reasons, prefix)]).to_pandas()
-        return pd.concat([data, added.set_index(data.index)], axis=1)
+        if len(rejects) and errors == "raise":
+            raise RecordError(self.schema.refuse(table.schema) or rejects.summary())
+        if isinstance(data, pd.DataFrame):
+            kept = data[rejects.keep] if len(rejects) else data
+            added = scored.select([item.name for item in score_fields(reasons, prefix)]).to_pandas()
+            scored = pd.concat([kept, added.set_index(kept.index)], axis=1)
+        return scored if errors == "raise" else ScoredTable(scored, rejects)
 
     def split(
         self, table: pa.Table, *, reasons: int = 0, prefix: str = "", threshold: float | None = None
     ) -> ScoredTable:
-        """Like `score`, but sets aside the rows that do not fit: rows in = scored + rejects."""
+        """`score` with errors="split", for tables."""
+        if reasons < 0:
+            raise ValueError(f"reasons: expected a number >= 0, got {reasons}")
         refuse_clash(table.column_names, reasons, prefix)
         parts, codes, why = [], [], Rejects(0)
+        known: dict[tuple[str, str], int] = {}  # one reason per column and kind of error, whatever the chunks
         for start in range(0, max(table.num_rows, 1), CHUNK_ROWS):
             chunk = table.slice(start, CHUNK_ROWS)
             columns, rejects = self._score_chunk(chunk, reasons, prefix, threshold)
             parts.append(columns)
-            codes.append(np.where(rejects.codes > 0, rejects.codes + len(why.reasons), 0))
-            why.reasons += rejects.reasons
+            places = [0]
+            for reason in rejects.reasons:
+                places.append(known.setdefault((reason.column, reason.error_type), len(why.reasons) + 1))
+                if places[-1] > len(why.reasons):
+                    why.reasons.append(reason)
+            codes.append(np.array(places, np.int32)[rejects.codes])
         why.codes = np.concatenate(codes)
         kept = table if not len(why) else table.filter(pa.array(why.keep))
         for column in (added := pa.concat_tables(parts)).schema:
             kept = kept.append_column(column, added.column(column.name))
         return ScoredTable(kept, why)
 
-    def score_tables(self, tables: Iterable[pa.Table], **options: Any) -> Iterator[ScoredTable]:
+    def score_tables(self, tables: Iterator[pa.Table] | Sequence[pa.Table], **options: Any) -> Iterator[ScoredTable]:
         """`split` over any number of tables, for data larger than memory."""
         for table in rechunk(tables, CHUNK_ROWS):
             yield self.split(table, **options)
@@ -201,8 +253,7 @@ class Bundle:
 
     def terms(self, data: pa.Table | pd.DataFrame) -> pd.DataFrame:
         """Each row's NLL by column and its KL, in nats: they sum to the score exactly."""
-        table = from_frame(data) if isinstance(data, pd.DataFrame) else data
-        encoded = encode(table, self.schema, self.config.views)
+        encoded = encode(_as_table(data), self.schema, self.config.views)
         if len(encoded.rejects):
             raise RecordError(encoded.rejects.summary())
         scores = self.scorer.score(encoded.inputs)
@@ -220,7 +271,7 @@ class Bundle:
         now = self.score(rows).column("anomaly_score").to_numpy()
         terms = self.terms(rows)
         tolerance = 1e-4 * (1 + terms.abs().to_numpy().sum(axis=1))
-        if (np.abs(now - then) > tolerance).any():
+        if not (np.abs(now - then) <= tolerance).all():  # NaN too
             worst = int(np.argmax(np.abs(now - then) / tolerance))
             raise BundleError(
                 f"golden row {worst} scores {now[worst]:.4f} here, expected {then[worst]:.4f} as at training time"
@@ -258,10 +309,11 @@ class Bundle:
         contents = self._scoring_files() | dict(zip(_OTHER_FILES, others, strict=True))
         manifest = {
             "format": FORMAT,
-            "model_version": self.model_version,
+            "model_version": _version(contents),
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         }
         contents[MANIFEST] = _json_bytes(manifest, indent=1)
+        refuse_output(uri, overwrite)
         files.write_directory(uri, contents, last=MANIFEST, overwrite=overwrite)
 
 
@@ -284,12 +336,13 @@ def load_bundle(uri: str) -> Bundle:
             raise BundleError(f"{uri}: {name} is missing") from None
         if hashlib.sha256(contents[name]).hexdigest() != manifest["sha256"][name]:
             raise BundleError(f"{uri}: {name} was changed after it was written (its SHA-256 differs)")
-    try:
-        bundle = _parse(contents)
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise BundleError(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
-    if bundle.model_version != manifest["model_version"]:
-        raise BundleError(f"{uri}: expected version {manifest['model_version']}, got {bundle.model_version}")
+    bundle = _parse(uri, contents)
+    # Of the bytes as they are: another library version may write the same arrays otherwise.
+    bundle.model_version = _version(contents)
+    if bundle.model_version != manifest.get("model_version"):
+        raise BundleError(
+            f"{uri}: {MANIFEST} names version {manifest.get('model_version')}, the files are {bundle.model_version}"
+        )
     return bundle
 
 
@@ -301,7 +354,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(files.read_bytes(uri, MANIFEST))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{uri}: no bundle there ({MANIFEST} is missing)") from None
     except ValueError as error:
         raise BundleError(f"{uri}: {MANIFEST} is not JSON: {error}") from None
@@ -309,24 +362,46 @@ def read_manifest(uri: str) -> dict[str, Any]:
         raise BundleError(f"{uri}: {MANIFEST} lists no files")
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{uri}: expected bundle format {FORMAT}, got {manifest.get('format')!r}; upgrade beam-vae")
+    if outside := [name for name in manifest["sha256"] if name in ("", ".", "..") or set(name) & set("/\\")]:
+        raise BundleError(f"{uri}: {MANIFEST} lists {outside[0]!r}, which is no plain file name")
     return manifest
 
 
-def _parse(contents: dict[str, bytes]) -> Bundle:
-    settings = json.loads(contents["calibration.json"])
-    threshold = Threshold(**settings.pop("threshold"))
+def _parse(uri: str, contents: dict[str, bytes]) -> Bundle:
+    def read(name: str, parse: Callable[[Any], Any]) -> Any:
+        try:
+            return parse(json.loads(contents[name]) if name.endswith(".json") else contents[name])
+        except Exception as error:  # whatever the parsers of NumPy, zip and Arrow raise on bytes that are not theirs
+            raise BundleError(f"{uri}: {name} cannot be read: {type(error).__name__}: {error}") from error
+
+    def read_calibration(content: bytes) -> Calibration:
+        settings = json.loads(contents["calibration.json"])
+        del settings["threshold"]
+        arrays: dict[str, Any] = _load_npz(content)
+        return Calibration(**arrays, **settings)
+
     return Bundle(
-        schema=TableSchema.from_json(json.loads(contents["schema.json"])),
-        config=VAEConfig.from_json(json.loads(contents["model.json"])),
-        weights=_load_npz(contents["weights.npz"]),
-        noise=np.load(io.BytesIO(contents["noise.npy"]), allow_pickle=False),
-        calibration=Calibration(**_load_npz(contents["calibration.npz"]), **settings),
-        threshold=threshold,
-        statistics=TableStatistics.from_json(json.loads(contents["statistics.json"])),
-        golden=pq.read_table(io.BytesIO(contents["golden.parquet"])),
-        card=json.loads(contents["card.json"]),
-        history=_load_csv(contents["history.csv"]),
+        schema=read("schema.json", TableSchema.from_json),
+        config=read("model.json", VAEConfig.from_json),
+        weights=read("weights.npz", _load_npz),
+        noise=read("noise.npy", _load_npy),
+        threshold=read("calibration.json", lambda values: Threshold(**values["threshold"])),
+        calibration=read("calibration.npz", read_calibration),
+        statistics=read("statistics.json", TableStatistics.from_json),
+        golden=read("golden.parquet", lambda content: pq.read_table(io.BytesIO(content))),
+        card=read("card.json", dict),
+        history=read("history.csv", _load_csv),
     )
+
+
+def _as_table(data: pa.Table | pa.RecordBatch | pd.DataFrame) -> pa.Table:
+    if isinstance(data, pd.DataFrame):
+        return from_frame(data)
+    if isinstance(data, pa.RecordBatch):
+        return pa.Table.from_batches([data])
+    if not isinstance(data, pa.Table):
+        raise ValueError(f"data: expected an Arrow table or a DataFrame, got {type(data).__name__}")
+    return data
 
 
 def _version(contents: dict[str, bytes]) -> str:
@@ -344,6 +419,10 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
+
+
+def _load_npy(content: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
@@ -367,4 +446,5 @@ def _csv_bytes(rows: list[dict[str, float]]) -> bytes:
 
 
 def _load_csv(content: bytes) -> list[dict[str, float]]:
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(io.StringIO(content.decode()))]
+    rows = csv.DictReader(io.StringIO(content.decode()))
+    return [{key: json.loads(value) for key, value in row.items()} for row in rows]  # steps stay whole

@@ -72,7 +72,7 @@ class Calibration:
         p = (1 + at_least) / (self.num_rows + 1)
         beyond = at_least == 0
         if beyond.any():
-            last = self._log_survival(np.float64(self.scores[-1]))
+            last = self._log_survival(self.scores[-1:].astype(np.float64))
             p[beyond] *= np.exp(self._log_survival(scores[beyond]) - last)
         p = np.maximum(p, _TINY)
         rounded = p.astype(np.float32)
@@ -141,7 +141,7 @@ def fit_tail(excesses: np.ndarray) -> tuple[float, float]:
     """Shape and scale of a generalized Pareto distribution, by probability-weighted moments.
 
     Hosking and Wallis (1987). The shape is kept in [0, 0.9]: a bounded tail would give p = 0 to
-    what lies beyond it.
+    what lies beyond it. Where all excesses are 0, a nat more is e times rarer, as in the model itself.
 
     Args:
         excesses: `(k,)` amounts over the tail's start, >= 0.
@@ -150,7 +150,7 @@ def fit_tail(excesses: np.ndarray) -> tuple[float, float]:
     k = len(y)
     mean = float(y.mean()) if k else 0.0
     if not mean > 0:
-        return 0.0, 1e-6
+        return 0.0, 1.0
     weights = 1 - (np.arange(1, k + 1) - 0.35) / k
     weighted = float((weights * y).mean())
     shape = 2 - mean / (mean - 2 * weighted) if mean > 2 * weighted else 0.0

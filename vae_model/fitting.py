@@ -6,18 +6,17 @@ import hashlib
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from vae_model import files
-from vae_model.bundle import Bundle, refuse_clash
-from vae_model.calibration import Calibration, Threshold, calibrate
+from vae_model.bundle import Bundle, refuse_clash, refuse_output
+from vae_model.calibration import Calibration, calibrate
 from vae_model.config import TrainingConfig, VAEConfig
 from vae_model.encoding import encode
 from vae_model.schema import (
@@ -31,6 +30,9 @@ from vae_model.schema import (
 )
 from vae_model.statistics import QuantileSketch, TableStatistics
 from vae_model.tables import Block, MemoryTables, RecordError, Tables, as_numbers, as_times, open_tables
+
+if TYPE_CHECKING:
+    from vae_model.training import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,11 @@ class Split:
     def columns(self) -> list[str]:
         """Columns that roles depend on."""
         return [name for name in (self.label, self.time_column) if name]
+
+    @property
+    def cross_conformal(self) -> bool:
+        """Whether no rows are held out for calibration, so that folds calibrate."""
+        return self.calibration == 0 and not self.time_column
 
     def roles(self, table: pa.Table, start: int) -> np.ndarray:
         """`(n,)` roles of rows that begin at position `start` of the whole."""
@@ -153,10 +160,13 @@ def fit(
     """
     config, training = config or VAEConfig(), training or TrainingConfig()
     report = on_progress or (lambda *_: None)
-    if output and not overwrite and files.exists(output):
-        raise FileExistsError(f"{output}: already exists; choose another place or overwrite it on purpose")
+    if output:
+        refuse_output(output, overwrite)
     tables = open_tables(data)
-    hidden = [*exclude, *([label] if label else [])]
+    for role, column in {"label": label, "time_column": training.time_column}.items():
+        if column and column not in tables.schema.names:
+            raise ValueError(f"{column}: named as {role}, but the table has no such column")
+    hidden = dict.fromkeys([*exclude, *([label] if label else [])])
     kinds, passthrough = choose_kinds(
         tables.schema, numeric=numeric, categorical=categorical, timestamp=timestamp, exclude=hidden
     )
@@ -166,12 +176,11 @@ def fit(
     if tables.num_rows < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} rows to learn from, got {tables.num_rows}")
     split = choose_split(tables, training, label)
-    statistics = collect_statistics(tables, kinds, split, report)
+    statistics, num_rows = collect_statistics(tables, kinds, split, report)
     forced = [*numeric, *categorical, *timestamp]
     schema = infer_schema(statistics, tables.schema, passthrough, forced)
-    fitted = _Fitted(tables, schema, config, training, split, report)
-    bundle = fitted.cross_conformal() if split.calibration == 0 and not split.time_column else fitted.held_out()
-    bundle.statistics = statistics
+    steps = _Steps(tables, schema, statistics, config, training, split, report)
+    bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out(int(num_rows[TRAIN]))
     bundle.card = card(tables, data, bundle, training)
     if output:
         bundle.save(output, overwrite=overwrite)
@@ -182,11 +191,8 @@ def choose_split(tables: Tables, training: TrainingConfig, label: str | None) ->
     """Shares of rows by their number, and the time limit where a time column decides.
 
     Raises:
-        ValueError: The label or time column is not in the table.
+        RecordError: The time column holds no times.
     """
-    for name, column in {"label": label, "time_column": training.time_column}.items():
-        if column and column not in tables.schema.names:
-            raise ValueError(f"{column}: named as {name}, but the table has no such column")
     n = tables.num_rows
     validation = min(training.validation_fraction, _MAX_VALIDATION_ROWS / n)
     calibration = training.calibration_fraction or min(max(0.1, min(0.3, 1000 / n)), _MAX_CALIBRATION_ROWS / n)
@@ -194,9 +200,11 @@ def choose_split(tables: Tables, training: TrainingConfig, label: str | None) ->
         sketch = QuantileSketch()
         for block in tables.blocks:
             times, present, bad = as_times(tables.read(block, [training.time_column]).column(0))
-            if len(bad) or (not present.any() and block.num_rows):
-                raise RecordError(f"{training.time_column}: expected times, got none")
+            if len(bad):
+                raise RecordError(f"{training.time_column}: expected times, got others")
             sketch.update(times[present].astype(np.float64))
+        if not len(sketch.points()[0]):
+            raise RecordError(f"{training.time_column}: expected times, got none")
         limit = int(sketch.quantile(1 - calibration))
         return Split(validation, calibration, training.seed, label, training.time_column, limit)
     if n < FOLD_ROWS and training.calibration_fraction is None:
@@ -204,53 +212,69 @@ def choose_split(tables: Tables, training: TrainingConfig, label: str | None) ->
     return Split(validation, calibration, training.seed, label)
 
 
-def collect_statistics(tables: Tables, kinds: dict[str, str], split: Split, report: Progress) -> TableStatistics:
-    """One pass over the rows that are not held out for calibration."""
+def collect_statistics(
+    tables: Tables, kinds: dict[str, str], split: Split, report: Progress
+) -> tuple[TableStatistics, np.ndarray]:
+    """Statistics of the rows that are not held out for calibration, and the number of rows by role.
+
+    Raises:
+        RecordError: A row of any role but LEFT_OUT holds a cell that cannot be read.
+        ValueError: A role has too few rows.
+    """
     statistics = TableStatistics(kinds)
+    held_out = TableStatistics(kinds)  # its only use: bad cells there must show now, not after training
+    num_rows = np.zeros(LEFT_OUT + 1, np.int64)
     names = list(dict.fromkeys([*kinds, *split.columns]))
     for block in tables.blocks:
         table = tables.read(block, names)
         roles = split.roles(table, block.start)
-        keep = roles < CALIBRATION
-        statistics.update(table.select(list(kinds)).filter(pa.array(keep)), block.start)
+        num_rows += np.bincount(roles, minlength=len(num_rows))
+        table = table.select(list(kinds))
+        statistics.update(table.filter(pa.array(roles < CALIBRATION)), block.start)
+        held_out.update(table.filter(pa.array(roles == CALIBRATION)), block.start)
         report("statistics", block.start + block.num_rows, tables.num_rows, {})
     if statistics.num_rows < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} training rows, got {statistics.num_rows}")
-    return statistics
+    if not (split.cross_conformal or num_rows[:LEFT_OUT].all()):
+        raise ValueError(
+            f"expected rows to train, validate and calibrate on, got {num_rows[TRAIN]:,}, {num_rows[VALIDATION]:,} and "
+            f"{num_rows[CALIBRATION]:,}; change validation_fraction, calibration_fraction or time_column"
+        )
+    return statistics, num_rows
 
 
 @dataclass
-class _Fitted:
-    """The steps from a schema to a bundle."""
+class _Steps:
+    """From a schema to a bundle."""
 
     tables: Tables
     schema: TableSchema
+    statistics: TableStatistics
     config: VAEConfig
     training: TrainingConfig
     split: Split
     report: Progress
 
-    def held_out(self) -> Bundle:
-        validation = self._rows(VALIDATION)
-        num_train = max(1, round(self.tables.num_rows * (1 - self.split.validation - self.split.calibration)))
-        bundle = self._train(num_train, self._shuffled, validation, "training")
-        calibration, examples = self._calibrate(bundle)
-        return self._finish(bundle, calibration, examples)
+    def held_out(self, num_train: int) -> Bundle:
+        validation = [self._read(block, VALIDATION) for block in self.tables.blocks]
+        inputs = encode(pa.concat_tables(validation), self.schema, self.config.views).inputs
+        trained = self._train(num_train, self._shuffled, inputs, "training")
+        calibration, examples = self._calibrate(trained)
+        return self._finish(trained, calibration, examples)
 
-    def _calibrate(self, bundle: Bundle) -> tuple[Calibration, pa.Table]:
+    def _calibrate(self, trained: TrainedModel) -> tuple[Calibration, pa.Table]:
         """Scores the calibration rows block by block, and keeps a few as examples."""
-        scores, nll, examples = [], [], []
+        scores, nll = [], []
+        examples: list[pa.Table] = []
         for block in self.tables.blocks:
             table = self._read(block, CALIBRATION)
             if table.num_rows:
-                terms = bundle.scorer.score(encode(table, self.schema, self.config.views).inputs)
+                terms = trained.scorer.score(encode(table, self.schema, self.config.views).inputs)
                 scores.append(terms.score)
                 nll.append(terms.column_nll)
                 if sum(part.num_rows for part in examples) < 10 * _NUM_GOLDEN:
                     examples.append(table.slice(0, 10 * _NUM_GOLDEN))
             self.report("calibration", block.start + block.num_rows, self.tables.num_rows, {})
-        if not scores:
-            raise ValueError("expected calibration rows, got none; check time_column, or the number of rows")
         return calibrate(np.concatenate(scores), np.concatenate(nll)), pa.concat_tables(examples)
 
     def cross_conformal(self) -> Bundle:
@@ -263,14 +287,14 @@ class _Fitted:
         scores = np.zeros(n, np.float32)
         nll = np.zeros((n, len(self.schema.features)), np.float32)
         for k in range(_NUM_FOLDS):
-            bundle = self._train_rows(inputs, np.flatnonzero(fold != k), f"fold {k + 1} of {_NUM_FOLDS}")
+            trained = self._train_rows(inputs, np.flatnonzero(fold != k), f"fold {k + 1} of {_NUM_FOLDS}")
             held_out = np.flatnonzero(fold == k)
-            terms = bundle.scorer.score({name: values[held_out] for name, values in inputs.items()})
+            terms = trained.scorer.score({name: values[held_out] for name, values in inputs.items()})
             scores[held_out], nll[held_out] = terms.score, terms.column_nll
-        bundle = self._train_rows(inputs, np.arange(n), "training")
-        return self._finish(bundle, calibrate(scores, nll, "cross-conformal"), table)
+        trained = self._train_rows(inputs, np.arange(n), "training")
+        return self._finish(trained, calibrate(scores, nll, "cross-conformal"), table)
 
-    def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str) -> Bundle:
+    def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str) -> TrainedModel:
         """Trains on rows in memory, a tenth of them held out for early stopping."""
         order = np.random.default_rng(self.training.seed).permutation(rows)
         num_validation = max(1, round(len(rows) * self.split.validation))
@@ -289,10 +313,10 @@ class _Fitted:
         shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
         validation: Arrays,
         stage: str,
-    ) -> Bundle:
+    ) -> TrainedModel:
         from vae_model.training import train  # TensorFlow: only once the data is known to be good
 
-        trained = train(
+        return train(
             self.schema,
             self.config,
             self.training,
@@ -301,21 +325,8 @@ class _Fitted:
             validation=validation,
             on_progress=lambda done, total, losses: self.report(stage, done, total, losses),
         )
-        nothing = np.zeros(1, np.float32), np.zeros((1, len(self.schema.features)), np.float32)
-        return Bundle(
-            schema=self.schema,
-            config=self.config,
-            weights=trained.networks.weights,
-            noise=trained.noise,
-            calibration=calibrate(*nothing),
-            threshold=Threshold(0.0, "fixed"),
-            statistics=TableStatistics({}),
-            golden=pa.table({}),
-            card={"training": trained.summary},
-            history=trained.history,
-        )
 
-    def _finish(self, bundle: Bundle, calibration: Calibration, examples: pa.Table) -> Bundle:
+    def _finish(self, trained: TrainedModel, calibration: Calibration, examples: pa.Table) -> Bundle:
         """The bundle with its calibration, its threshold and its golden rows."""
         training = self.training
         if training.contamination is not None:
@@ -328,14 +339,24 @@ class _Fitted:
                 calibration.num_rows,
                 threshold.target,
             )
-        bundle = replace(bundle, calibration=calibration, threshold=threshold)
-        examples = examples.select(self.schema.names)
         if training.no_examples:
             golden = synthetic_rows(self.schema, _NUM_GOLDEN, training.seed)
         else:
             rows = np.random.default_rng(training.seed).permutation(examples.num_rows)[:_NUM_GOLDEN]
             golden = examples.take(pa.array(np.sort(rows)))
-        bundle.golden = bundle.score(golden.combine_chunks())
+        bundle = Bundle(
+            schema=self.schema,
+            config=self.config,
+            weights=trained.networks.weights,
+            noise=trained.scorer.noise,
+            calibration=calibration,
+            threshold=threshold,
+            statistics=self.statistics,
+            golden=golden.combine_chunks(),
+            card={"training": trained.summary},
+            history=trained.history,
+        )
+        bundle.golden = bundle.score(bundle.golden)
         return bundle
 
     # ---- rows ----------------------------------------------------------------------------------
@@ -347,13 +368,6 @@ class _Fitted:
         roles = self.split.roles(table, block.start)
         keep = roles != LEFT_OUT if role is None else roles == role
         return table.select(self.schema.names).filter(pa.array(keep))
-
-    def _rows(self, role: int) -> Arrays:
-        """All encoded rows of a role, in order."""
-        tables = [table for block in self.tables.blocks if (table := self._read(block, role)).num_rows]
-        if not tables:
-            raise ValueError("expected rows held out for validation, got none; raise validation_fraction")
-        return encode(pa.concat_tables(tables), self.schema, self.config.views).inputs
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[Arrays]:
         """One pass over the training rows: row groups in random order, shuffled buffer by buffer."""

@@ -70,6 +70,7 @@ def explain(
     k = features.shape[1]
     flat, rows = features.ravel(), np.repeat(np.arange(n), k)
     nats = column_nll[rows, flat]
+    nullable = [feature for feature in schema.features if feature.nullable]
     texts: list[dict[str, pa.Array]] = []
     places: list[np.ndarray] = []
     for j, feature in enumerate(schema.features):
@@ -82,6 +83,11 @@ def explain(
             missing = encoded.inputs["present"][where, j] == 0
             text["direction"] = pc.if_else(pa.array(missing), "missing", text["direction"])
             text["value"] = pc.if_else(pa.array(missing), None, as_levels(column).combine_chunks())
+            if feature.nullable:  # a value where none was expected
+                logits = expectation["missing"][where, nullable.index(feature)]
+                odd = pa.array(~missing & (logits > 0))
+                text["direction"] = pc.if_else(odd, "present", text["direction"])
+                text |= {name: pc.if_else(odd, None, text[name]) for name in ("expected", "low", "high")}
             texts.append(text)
             places.append(cells)
     back = pa.array(np.argsort(np.concatenate(places))) if places else pa.array([], pa.int64())
@@ -124,11 +130,14 @@ def _describe_number(column, rows, feature, encoded, expectation, number_stddev,
 def _number_text(values: np.ndarray, feature: NumericFeature) -> pa.Array:
     """Four significant digits; whole numbers for a column of integers."""
     if feature.is_integer:
-        return pa.array(np.round(values)).cast(pa.int64(), safe=False).cast(pa.string())
+        return pa.array(np.round(values)).cast(pa.decimal128(38, 0), safe=False).cast(pa.string())  # uint64 fits too
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = 10.0 ** (3 - np.floor(np.log10(np.abs(values))))
-        rounded = np.where(np.isfinite(scale) & (scale > 0), np.round(values * scale) / scale, values)
-    return pa.array(rounded).cast(pa.string())
+        decimals = 3 - np.floor(np.log10(np.abs(values)))
+    # Powers of ten are exact up to 1e22, their inverses never.
+    usual = np.abs(decimals) <= 22
+    power = 10.0 ** np.abs(np.where(usual, decimals, 0))
+    rounded = np.where(decimals > 0, np.round(values * power) / power, np.round(values / power) * power)
+    return pa.array(np.where(usual, rounded, values)).cast(pa.string())
 
 
 def _describe_category(column, rows, feature, encoded, expectation, number_stddev, schema, views):  # type: ignore[no-untyped-def]

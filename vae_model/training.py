@@ -33,13 +33,13 @@ class TrainedModel:
 
     Args:
         networks: With the best weights found.
-        noise: `(samples, latent_dim)` for the score.
+        scorer: Of these networks, with the noise of the score.
         history: One entry per validation: step, beta, loss, reconstruction_loss, kl_loss, val_...
         summary: Steps, the best validation loss and its parts, KL per latent, active units.
     """
 
     networks: Networks
-    noise: np.ndarray
+    scorer: ElboScorer
     history: list[dict[str, float]]
     summary: dict[str, Any]
 
@@ -97,10 +97,11 @@ def train(
         verbose=0,
     )
     watch.restore()
-    noise = draw_noise(config.num_samples, networks.encoder.outputs[0].shape[-1], training.seed)
+    latent_dim = networks.encoder.outputs[0].shape[-1]
+    scorer = ElboScorer(networks, draw_noise(config.num_samples, latent_dim, training.seed))
     summary = {"max_steps": max_steps, "batch_size": batch_size, "num_training_rows": num_rows, **watch.summary()}
-    summary |= _posterior(ElboScorer(networks, noise), validation)
-    return TrainedModel(networks, noise, watch.history, summary)
+    summary |= _posterior(scorer, validation)
+    return TrainedModel(networks, scorer, watch.history, summary)
 
 
 def default_steps(num_rows: int, batch_size: int) -> int:
