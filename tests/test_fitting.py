@@ -548,3 +548,10 @@ def test_calibration_holds_on_held_out_normal_rows_of_a_real_table(name):
     columns = table.drop_columns([label])
     bundle = fit(columns.take(pa.array(rest)), CONFIG, TrainingConfig(max_steps=200))
     check_calibration(bundle, columns.take(pa.array(fresh)))
+
+
+def test_a_bad_cell_is_told_by_its_row_in_the_whole_table(mixed_table):
+    values = mixed_table["length"].to_numpy().copy()
+    values[2500] = np.inf
+    with pytest.raises(RecordError, match=r"length: expected finite numbers, got 1 infinite, the first in row 2,500"):
+        fit(mixed_table.set_column(0, "length", pa.array(values)))

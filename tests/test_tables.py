@@ -301,13 +301,13 @@ def test_a_table_without_rows_conforms():
     assert rejects.table().num_rows == 0
 
 
-def test_a_row_keeps_the_first_reason_found():
+def test_a_row_keeps_the_first_reason_found_and_every_reason_its_count():
     rejects = Rejects(4)
     rejects.add(np.array([1, 2]), "x", "wrong_type", "first")
     rejects.add(np.array([False, False, True, True]), "s", "not_finite", "second")
     assert rejects.table().column("error").to_pylist() == ["x: first", "x: first", "s: second"]
     assert len(rejects) == 3
-    assert rejects.summary() == "3 of 4 rows do not fit: x: first (2 rows); s: second (1 rows). First rows: 1, 2, 3"
+    assert rejects.summary() == "3 of 4 rows do not fit: x: first (2 rows); s: second (2 rows). First rows: 1, 2, 3"
 
 
 def test_an_example_is_short():

@@ -24,6 +24,7 @@ from vae_model.calibration import Calibration, Threshold
 from vae_model.config import VAEConfig
 from vae_model.encoding import EncodedTable, encode
 from vae_model.reasons import REASON_TYPE, explain
+from vae_model.report import report
 from vae_model.schema import TableSchema
 from vae_model.statistics import TableStatistics
 from vae_model.tables import RecordError, Rejects, from_frame, rechunk
@@ -35,7 +36,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CHUNK_ROWS = 65_536
 _SCORING_FILES = ("schema.json", "model.json", "weights.npz", "noise.npy", "calibration.json", "calibration.npz")
-_OTHER_FILES = ("statistics.json", "golden.parquet", "card.json", "history.csv")
+_OTHER_FILES = ("statistics.json", "golden.parquet", "card.json", "history.csv", "report.html")
 
 
 class BundleError(ValueError):
@@ -192,19 +193,13 @@ class Bundle:
         if reasons < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {reasons}")
         refuse_clash(table.column_names, reasons, prefix)
-        parts, codes, why = [], [], Rejects(0)
-        known: dict[tuple[str, str], int] = {}  # one reason per column and kind of error, whatever the chunks
+        parts, rejected = [], []
         for start in range(0, max(table.num_rows, 1), CHUNK_ROWS):
             chunk = table.slice(start, CHUNK_ROWS)
             columns, rejects = self._score_chunk(chunk, reasons, prefix, threshold)
             parts.append(columns)
-            places = [0]
-            for reason in rejects.reasons:
-                places.append(known.setdefault((reason.column, reason.error_type), len(why.reasons) + 1))
-                if places[-1] > len(why.reasons):
-                    why.reasons.append(reason)
-            codes.append(np.array(places, np.int32)[rejects.codes])
-        why.codes = np.concatenate(codes)
+            rejected.append(rejects)
+        why = Rejects.concatenate(rejected)
         kept = table if not len(why) else table.filter(pa.array(why.keep))
         for column in (added := pa.concat_tables(parts)).schema:
             kept = kept.append_column(column, added.column(column.name))
@@ -305,6 +300,7 @@ class Bundle:
             golden.getvalue(),
             _json_bytes(self.card, indent=1),
             _csv_bytes(self.history),
+            report(self).encode(),
         )
         contents = self._scoring_files() | dict(zip(_OTHER_FILES, others, strict=True))
         manifest = {

@@ -230,8 +230,8 @@ def collect_statistics(
         roles = split.roles(table, block.start)
         num_rows += np.bincount(roles, minlength=len(num_rows))
         table = table.select(list(kinds))
-        statistics.update(table.filter(pa.array(roles < CALIBRATION)), block.start)
-        held_out.update(table.filter(pa.array(roles == CALIBRATION)), block.start)
+        for part, keep in ((statistics, roles < CALIBRATION), (held_out, roles == CALIBRATION)):
+            part.update(table.filter(pa.array(keep)), block.start + np.flatnonzero(keep))
         report("statistics", block.start + block.num_rows, tables.num_rows, {})
     if statistics.num_rows < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} training rows, got {statistics.num_rows}")

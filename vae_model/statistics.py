@@ -112,18 +112,19 @@ class NumericStatistics:
     runs: list[tuple[int, float, float]] | None = field(default_factory=list)
     quantiles: QuantileSketch = field(default_factory=QuantileSketch)
 
-    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+    def update(self, name: str, column: pa.ChunkedArray, start: int | np.ndarray) -> None:
         values, bad = as_numbers(column)
+        rows = _positions(start, len(column))
         if len(bad):
-            raise RecordError(f"{name}: expected numbers, got {example(column, bad)} in row {start + bad[0]:,}")
+            raise RecordError(f"{name}: expected numbers, got {example(column, bad)} in row {rows[bad[0]]:,}")
         present = ~np.isnan(values)
         infinite = np.flatnonzero(np.isinf(values))
         if len(infinite):
             raise RecordError(
                 f"{name}: expected finite numbers, got {len(infinite):,} infinite, the first in row "
-                f"{start + infinite[0]:,}; make them null, or exclude the column"
+                f"{rows[infinite[0]]:,}; make them null, or exclude the column"
             )
-        positions = start + np.flatnonzero(present).astype(np.float64)
+        positions = rows[present].astype(np.float64)
         values = values[present]
         part = NumericStatistics(num_rows=len(present), num_missing=int(len(present) - len(values)))
         if len(values):
@@ -133,7 +134,7 @@ class NumericStatistics:
                 part.m2, part.position_m2 = float(deviations @ deviations), float(moves @ moves)
                 part.position_product = float(deviations @ moves)
             part.minimum, part.maximum = float(values.min()), float(values.max())
-            part.runs = [(start, float(values[0]), float(values[-1]))] if _one_way(values) else None
+            part.runs = [(int(rows[0]), float(values[0]), float(values[-1]))] if _one_way(values) else None
             part.quantiles.update(values)
         self.merge(part)
 
@@ -211,7 +212,7 @@ class CategoricalStatistics:
     levels: Any = field(default_factory=lambda: datasketches.frequent_strings_sketch(_LG_SLOTS))
     distinct: Any = field(default_factory=lambda: datasketches.hll_sketch(_LG_DISTINCT, datasketches.HLL_8))
 
-    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+    def update(self, name: str, column: pa.ChunkedArray, start: int | np.ndarray) -> None:
         levels = as_levels(column)
         self.num_rows += len(levels)
         self.num_missing += levels.null_count
@@ -257,10 +258,11 @@ class TimeStatistics:
     weekdays: np.ndarray = field(default_factory=lambda: np.zeros(7, np.int64))
     months: np.ndarray = field(default_factory=lambda: np.zeros(12, np.int64))
 
-    def update(self, name: str, column: pa.ChunkedArray, start: int) -> None:
+    def update(self, name: str, column: pa.ChunkedArray, start: int | np.ndarray) -> None:
         times, present, bad = as_times(column)
         if len(bad):
-            raise RecordError(f"{name}: expected times, got {example(column, bad)} in row {start + bad[0]:,}")
+            row = _positions(start, len(column))[bad[0]]
+            raise RecordError(f"{name}: expected times, got {example(column, bad)} in row {row:,}")
         self.num_rows += len(times)
         self.num_missing += int(len(times) - present.sum())
         times = times[present]
@@ -285,6 +287,10 @@ class TimeStatistics:
     def resolution(self) -> int:
         """The coarsest of day, hour, minute, second, microsecond that divides every time, in microseconds."""
         return int(_GRANULARITIES[self.granularity])
+
+
+def _positions(start: int | np.ndarray, num_rows: int) -> np.ndarray:
+    return start if isinstance(start, np.ndarray) else np.arange(start, start + num_rows)
 
 
 def weekday(times: np.ndarray) -> np.ndarray:
@@ -314,8 +320,12 @@ class TableStatistics:
         self.num_rows = 0
         self.columns: dict[str, ColumnStatistics] = {name: _KINDS[kind]() for name, kind in kinds.items()}
 
-    def update(self, table: pa.Table, start: int) -> None:
-        """Adds rows, the first of which stands at position `start` of the whole.
+    def update(self, table: pa.Table, start: int | np.ndarray) -> None:
+        """Adds rows.
+
+        Args:
+            table: The rows.
+            start: Position of the first of them in the whole, or `(n,)` of each.
 
         Raises:
             RecordError: A cell is infinite or is not of the column's kind.

@@ -35,12 +35,32 @@ class Rejects:
     def __init__(self, num_rows: int) -> None:
         self.codes = np.zeros(num_rows, np.int32)  # 0: usable, else 1 + position in `reasons`
         self.reasons: list[Reason] = []
+        self._counts: list[int] = []  # rows that each reason holds for, also where it is not their first
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rejects]) -> Rejects:
+        """Of the parts of a table, in order: one reason per column and kind of error."""
+        whole = cls(0)
+        known: dict[tuple[str, str], int] = {}
+        codes = []
+        for part in parts:
+            places = [0]
+            for reason, count in zip(part.reasons, part._counts, strict=True):
+                places.append(known.setdefault((reason.column, reason.error_type), len(whole.reasons) + 1))
+                if places[-1] > len(whole.reasons):
+                    whole.reasons.append(reason)
+                    whole._counts.append(0)
+                whole._counts[places[-1] - 1] += count
+            codes.append(np.array(places, np.int32)[part.codes])
+        whole.codes = np.concatenate(codes)
+        return whole
 
     def add(self, rows: np.ndarray, column: str, error_type: str, error: str) -> None:
         """Rejects rows (their numbers, or a mask)."""
         self.reasons.append(Reason(column, error_type, f"{column}: {error}"))
         fresh = np.zeros(len(self.codes), bool)
         fresh[rows] = True
+        self._counts.append(int(fresh.sum()))
         self.codes[fresh & (self.codes == 0)] = len(self.reasons)
 
     def __len__(self) -> int:
@@ -59,9 +79,10 @@ class Rejects:
 
     def summary(self, max_examples: int = 3) -> str:
         """Every reason with its number of rows, then a few row numbers."""
-        counts = np.bincount(self.codes, minlength=len(self.reasons) + 1)[1:]
         lines = [
-            f"{reason.error} ({count:,} rows)" for reason, count in zip(self.reasons, counts, strict=True) if count
+            f"{reason.error} ({count:,} rows)"
+            for reason, count in zip(self.reasons, self._counts, strict=True)
+            if count
         ]
         examples = ", ".join(map(str, np.flatnonzero(self.codes)[:max_examples]))
         return f"{len(self):,} of {len(self.codes):,} rows do not fit: {'; '.join(lines)}. First rows: {examples}"
