@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from vae_model import files
 from vae_model.bundle import Bundle, score_fields
@@ -64,7 +61,7 @@ def score_files(
     schema = pa.schema([tables.schema.field(name) for name in kept] + added)
     needed = list(dict.fromkeys([*kept, *bundle.schema.names]))
     num_anomalies = 0
-    with _new_file(output) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+    with files.new_file(output) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for block in tables.blocks:
             table = tables.read(block, needed)
             for scored, rejects in bundle.score_tables([table], reasons=reasons, threshold=threshold, prefix=prefix):
@@ -75,25 +72,6 @@ def score_files(
             if on_progress:
                 on_progress("scoring", block.start + block.num_rows, tables.num_rows, {})
     return tables.num_rows, num_anomalies
-
-
-@contextmanager
-def _new_file(uri: str) -> Any:
-    """A stream whose file appears under its name once all is written."""
-    system, path = files.filesystem(uri)
-    if not isinstance(system, fs.LocalFileSystem):
-        with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
-            yield stream
-        return
-    system.create_dir(path.rpartition("/")[0], recursive=True)
-    partial = f"{path}.partial"
-    try:
-        with system.open_output_stream(partial) as stream:
-            yield stream
-        system.move(partial, path)
-    except BaseException:
-        system.delete_file(partial)
-        raise
 
 
 def scores_and_labels(

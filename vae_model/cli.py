@@ -67,6 +67,7 @@ def _add_fit(commands: Any) -> None:
     )
     add("--output", required=True, metavar="URI", help="Directory to write the bundle to.")
     add("--overwrite", action="store_true", help="Replace a bundle that is there.")
+    add("--resume", action="store_true", help="Go on where an interrupted fit with these flags was.")
     add("--label", metavar="COLUMN", help="A 0/1 column: no feature, and rows labelled 1 are left out.")
     add("--numeric", type=names, default=[], metavar="A,B", help="Columns to read as numbers.")
     add("--categorical", type=names, default=[], metavar="A,B", help="Columns to read as levels.")
@@ -121,6 +122,7 @@ def _fit(args: argparse.Namespace) -> int:
             training,
             output=args.output,
             overwrite=args.overwrite,
+            resume=args.resume,
             label=args.label,
             numeric=args.numeric,
             categorical=args.categorical,

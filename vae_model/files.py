@@ -6,7 +6,10 @@ import posixpath
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
@@ -77,7 +80,40 @@ def read_bytes(uri: str, name: str) -> bytes:
     """One file of the directory at `uri`."""
     system, root = filesystem(uri)
     with system.open_input_stream(posixpath.join(root, name)) as stream:
-        return stream.read()
+        return bytes(stream.read())
+
+
+def read_file(uri: str) -> bytes:
+    """A whole file."""
+    system, path = filesystem(uri)
+    with system.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def remove(uri: str) -> None:
+    """Deletes a file, if it is there."""
+    system, path = filesystem(uri)
+    if system.get_file_info(path).type == fs.FileType.File:
+        system.delete_file(path)
+
+
+@contextmanager
+def new_file(uri: str) -> Iterator[Any]:
+    """A stream whose file appears under its name once all is written, and replaces one that is there."""
+    system, path = filesystem(uri)
+    if not isinstance(system, fs.LocalFileSystem):
+        with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
+            yield stream
+        return
+    system.create_dir(path.rpartition("/")[0], recursive=True)
+    partial = f"{path}.partial"
+    try:
+        with system.open_output_stream(partial) as stream:
+            yield stream
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: bool = False) -> None:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from vae_model import files
 from vae_model.bundle import Bundle, refuse_clash, refuse_output
 from vae_model.calibration import Calibration, calibrate
 from vae_model.config import TrainingConfig, VAEConfig
@@ -125,6 +127,7 @@ def fit(
     *,
     output: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     label: str | None = None,
     numeric: Sequence[str] = (),
     categorical: Sequence[str] = (),
@@ -143,6 +146,9 @@ def fit(
         training: Of training and calibration.
         output: Directory or URI to write the bundle to.
         overwrite: Replace a bundle that is there.
+        resume: Go on where an interrupted fit of the same data, configuration and output was after its last
+            validation (it keeps `OUTPUT.checkpoint`); the bundle becomes the one it would have written.
+            Tables under 1,000 rows begin anew.
         label: A 0/1 column: never a feature, and rows labelled 1 are left out.
         numeric: Columns to read as numbers, whatever their type and statistics.
         categorical: Columns to read as levels, integers for instance.
@@ -179,11 +185,14 @@ def fit(
     statistics, num_rows = collect_statistics(tables, kinds, split, report)
     forced = [*numeric, *categorical, *timestamp]
     schema = infer_schema(statistics, tables.schema, passthrough, forced)
-    steps = _Steps(tables, schema, statistics, config, training, split, report)
-    bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out(int(num_rows[TRAIN]))
+    checkpoint = f"{output.rstrip('/')}.checkpoint" if output else None
+    num_train = int(num_rows[TRAIN])
+    steps = _Steps(tables, schema, statistics, config, training, split, report, num_train, checkpoint, resume)
+    bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
-    if output:
+    if output and checkpoint:
         bundle.save(output, overwrite=overwrite)
+        files.remove(checkpoint)
     return bundle
 
 
@@ -254,11 +263,14 @@ class _Steps:
     training: TrainingConfig
     split: Split
     report: Progress
+    num_train: int
+    checkpoint: str | None = None
+    resume: bool = False
 
-    def held_out(self, num_train: int) -> Bundle:
+    def held_out(self) -> Bundle:
         validation = [self._read(block, VALIDATION) for block in self.tables.blocks]
         inputs = encode(pa.concat_tables(validation), self.schema, self.config.views).inputs
-        trained = self._train(num_train, self._shuffled, inputs, "training")
+        trained = self._train(self.num_train, self._shuffled, inputs, "training", self.checkpoint)
         calibration, examples = self._calibrate(trained)
         return self._finish(trained, calibration, examples)
 
@@ -313,6 +325,7 @@ class _Steps:
         shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
         validation: Arrays,
         stage: str,
+        checkpoint: str | None = None,
     ) -> TrainedModel:
         from vae_model.training import train  # TensorFlow: only once the data is known to be good
 
@@ -324,6 +337,8 @@ class _Steps:
             shuffled=shuffled,
             validation=validation,
             on_progress=lambda done, total, losses: self.report(stage, done, total, losses),
+            checkpoint=checkpoint,
+            resume=self.resume,
         )
 
     def _finish(self, trained: TrainedModel, calibration: Calibration, examples: pa.Table) -> Bundle:
@@ -371,25 +386,35 @@ class _Steps:
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[Arrays]:
         """One pass over the training rows: row groups in random order, shuffled buffer by buffer."""
-        if (cached := getattr(self, "_cached", None)) is not None:
-            order = rng.permutation(len(cached["present"]))
-            yield {name: values[order] for name, values in cached.items()}
+        if self._cached is not None:
+            order = rng.permutation(len(self._cached["present"]))
+            yield {name: values[order] for name, values in self._cached.items()}
             return
         limit = self.training.buffer_mib << 20
         parts: list[Arrays] = []
         size = 0
         order = rng.permutation(len(self.tables.blocks))
         for i, position in enumerate(order):
-            table = self._read(self.tables.blocks[position], TRAIN)
-            parts.append(encode(table, self.schema, self.config.views).inputs)
+            parts.append(self._encoded(self.tables.blocks[position]))
             size += sum(values.nbytes for values in parts[-1].values())
             if size >= limit or i == len(order) - 1:
                 rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-                if i == len(order) - 1 and size < limit and len(parts) == len(order):
-                    self._cached = rows  # all of it fits: never read again
                 parts, size = [], 0
                 shuffle = rng.permutation(len(rows["present"]))
                 yield {name: values[shuffle] for name, values in rows.items()}
+
+    @cached_property
+    def _cached(self) -> Arrays | None:
+        """All training rows, where they fit into the buffer: then they are read once."""
+        nothing = encode(self.tables.schema.empty_table(), self.schema, self.config.views).inputs
+        row_bytes = sum(values.itemsize * values.shape[1] for values in nothing.values())
+        if self.num_train * row_bytes > self.training.buffer_mib << 20:
+            return None
+        parts = [self._encoded(block) for block in self.tables.blocks]
+        return {name: np.concatenate([part[name] for part in parts]) for name in nothing}
+
+    def _encoded(self, block: Block) -> Arrays:
+        return encode(self._read(block, TRAIN), self.schema, self.config.views).inputs
 
 
 def synthetic_rows(schema: TableSchema, num_rows: int, seed: int) -> pa.Table:

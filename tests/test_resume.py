@@ -1,0 +1,108 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from vae_model import TrainingConfig, VAEConfig, fit, load_bundle
+
+CONFIG = VAEConfig(hidden_dims=(16,), latent_dim=3, num_samples=2)
+
+
+def steps(num: int, **more) -> TrainingConfig:
+    return TrainingConfig(max_steps=num, batch_size=64, **more)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process, where nothing more is run."""
+
+
+def fit_until(table, output, step: int, training: TrainingConfig) -> None:
+    """Fits, and dies at a step."""
+
+    def die(stage: str, done: int, total: int, losses: dict[str, float]) -> None:
+        if stage == "training" and done >= step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(table, CONFIG, training, output=output, on_progress=die)
+
+
+@pytest.mark.parametrize("step", [40, 130, 390])
+def test_a_resumed_fit_ends_with_the_same_bundle(step, mixed_table, tmp_path):
+    whole = fit(mixed_table, CONFIG, steps(400))
+    output = str(tmp_path / "bundle")
+    fit_until(mixed_table, output, step, steps(400))
+    resumed_from = []
+    resumed = fit(
+        mixed_table,
+        CONFIG,
+        steps(400),
+        output=output,
+        resume=True,
+        on_progress=lambda stage, done, total, losses: resumed_from.append(done) if stage == "training" else None,
+    )
+    assert resumed_from[0] > step - 20  # it did go on, and not begin anew
+    assert resumed.model_version == whole.model_version
+    assert resumed.history == whole.history
+    assert not Path(f"{output}.checkpoint").exists()
+
+
+def test_a_resumed_fit_of_a_streamed_table_ends_with_the_same_bundle(make_table, tmp_path):
+    table = make_table(12_000, 3)
+    for i in range(4):
+        pq.write_table(table.slice(3000 * i, 3000), tmp_path / f"{i}.parquet", row_group_size=1000)
+    # Smaller than the encoded rows, so that every pass reads the files again.
+    training = steps(400, buffer_mib=1)
+    source, output = str(tmp_path / "*.parquet"), str(tmp_path / "bundle")
+    whole = fit(source, CONFIG, training)
+    fit_until(source, output, 250, training)
+    assert fit(source, CONFIG, training, output=output, resume=True).model_version == whole.model_version
+
+
+def test_a_resumed_fit_that_had_stopped_early_trains_no_more(mixed_table, tmp_path):
+    training = steps(400, patience=1, learning_rate=0.3)
+    whole = fit(mixed_table, CONFIG, training)
+    assert whole.card["training"]["stopped_early"]
+    output = str(tmp_path / "bundle")
+
+    def die(stage: str, done: int, total: int, losses: dict[str, float]) -> None:
+        if stage == "calibration":
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(mixed_table, CONFIG, training, output=output, on_progress=die)
+    assert fit(mixed_table, CONFIG, training, output=output, resume=True).model_version == whole.model_version
+
+
+def test_a_checkpoint_of_another_training_is_refused_by_what_differs(mixed_table, tmp_path):
+    output = str(tmp_path / "bundle")
+    fit_until(mixed_table, output, 100, steps(400))
+    with pytest.raises(ValueError, match=r"training\.learning_rate: was 0\.005, is 0\.01; delete it to begin anew"):
+        fit(mixed_table, CONFIG, steps(400, learning_rate=0.01), output=output, resume=True)
+
+
+def test_without_resume_a_checkpoint_is_not_taken_up(mixed_table, tmp_path):
+    output = str(tmp_path / "bundle")
+    fit_until(mixed_table, output, 100, steps(200, seed=1))
+    assert fit(mixed_table, CONFIG, steps(200), output=output).model_version
+
+
+def test_a_killed_process_is_resumed_from_the_command_line(mixed_table, tmp_path):
+    pq.write_table(mixed_table, tmp_path / "in.parquet")
+    output, checkpoint = tmp_path / "bundle", tmp_path / "bundle.checkpoint"
+    flags = ["fit", f"--input={tmp_path}/in.parquet", f"--output={output}", "--max_steps=2000", "--hidden_dims=16"]
+    command = [sys.executable, "-m", "beam_vae", *flags, "--latent_dim=3", "--num_samples=2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not checkpoint.exists():  # the first validation of about 25
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL, check=True)
+    whole = fit(str(tmp_path / "in.parquet"), CONFIG, TrainingConfig(max_steps=2000))
+    assert load_bundle(str(output)).model_version == whole.model_version
