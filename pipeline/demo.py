@@ -43,10 +43,10 @@ def demo(folder: Path, config: TrainingConfig | None = None, picture: Path | Non
     console = Console()
     for old in ("flights", "bundle", "scored"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    console.rule("1. A real table: every flight out of New York City in 2013, a Parquet file a month")
+    console.rule("1. Every flight out of New York City in 2013, a Parquet file a month")
     paths = write_flights(folder / "flights")
     rows = sum(pq.read_metadata(path).num_rows for path in paths)
-    console.print(f"{rows:,} rows of {pq.read_schema(paths[0]).names}")
+    console.print(f"{rows:,} rows of {', '.join(pq.read_schema(paths[0]).names)}")
 
     console.rule("2. Train on January to September")
     with Stages() as on_progress:
@@ -74,7 +74,7 @@ def demo(folder: Path, config: TrainingConfig | None = None, picture: Path | Non
     findings = Console(record=True, width=100) if picture else console
     findings.rule(f"4. The {NUM_STRANGEST} strangest flights of the quarter, and why")
     print_strangest(findings, pq.read_table(folder / "scored"))
-    findings.rule("5. Does it detect? Real flights of the quarter, each with one known corruption")
+    findings.rule("5. Does it detect? Real flights, each with one known corruption")
     quarter = pa.concat_tables([pq.read_table(path) for path in paths[9:]])
     year = pa.concat_tables([pq.read_table(path) for path in paths])
     found = print_detection(findings, bundle, quarter, year)

@@ -138,12 +138,12 @@ class Stages:
     """A progress bar for each stage of a long command; a context manager that gives `on_progress`."""
 
     def __enter__(self) -> Callable[[str, int, int, dict[str, float]], None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
-            TextColumn("{task.description:<14}"),
+            TextColumn("{task.description:<12}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[losses]}"),
         )
@@ -154,8 +154,10 @@ class Stages:
     def _on_progress(self, stage: str, done: int, total: int, losses: dict[str, float]) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, losses="")
-        words = {"loss": "loss", "reconstruction_loss": "reconstruction", "kl_loss": "KL"}
-        text = "  ".join(f"{words[name]} {losses[name]:.3f}" for name in words if name in losses)
+        text = ""
+        if "loss" in losses:
+            parts = f"{losses['reconstruction_loss']:.2f} + KL {losses['kl_loss']:.2f}"
+            text = f"loss {losses['loss']:.2f} = {parts} nats"
         self._progress.update(self._tasks[stage], completed=done, total=total, losses=text)
 
     def __exit__(self, *_: object) -> None:
@@ -253,6 +255,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def source_text(source: str | list[str]) -> str:
+    """Where a bundle's data came from, in a few words."""
+    if isinstance(source, str):
+        return source
+    return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
+
+
 def print_bundle(bundle: Any, uri: str) -> None:
     """A bundle at a glance."""
     from rich.console import Console
@@ -263,7 +272,9 @@ def print_bundle(bundle: Any, uri: str) -> None:
     training = card["training"]
     console.print(f"[bold]{uri}[/bold]  version {bundle.model_version}, written {card['created']}")
     data = card["data"]
-    console.print(f"trained on {data['num_rows']:,} rows, {data['num_columns']} columns of {data['source']}")
+    console.print(
+        f"trained on {data['num_rows']:,} rows, {data['num_columns']} columns of {source_text(data['source'])}"
+    )
 
     columns = Table(title="columns", title_justify="left")
     for heading in ("name", "kind", "missing", "what is known"):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vae_model.cli import source_text
+
 if TYPE_CHECKING:
     from vae_model.bundle import Bundle
 
@@ -29,7 +31,7 @@ def report(bundle: Bundle) -> str:
     facts = {
         "version": bundle.model_version,
         "written": card["created"],
-        "data": f"{data['num_rows']:,} rows, {data['num_columns']} columns of {data['source']}",
+        "data": f"{data['num_rows']:,} rows, {data['num_columns']} columns of {source_text(data['source'])}",
         "training": f"{training['steps']:,} steps of {training['batch_size']} rows, best at {training['best_step']:,}",
         "held-out loss": f"{training['val_loss']:.3f} nats = reconstruction {training['val_reconstruction_loss']:.3f}"
         f" + KL {training['val_kl_loss']:.3f}",
