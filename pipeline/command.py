@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m pipeline", description=RUN_HELP, formatter_class=formatter(), allow_abbrev=False
     )
+    parser.add_argument("--traceback", action="store_true", help="Show where an error comes from.")
     add_arguments(parser)
     args, others = parser.parse_known_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    args.argv = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--traceback"]
     args.others = others
     return guarded(run_job, args)
 
@@ -56,11 +57,15 @@ def run_job(args: argparse.Namespace) -> int:
     """Runs the job and prints its account."""
     check(args)
     run = load_job()
-    run.refuse_unknown_flags(args.others)
-    if run.runner_of(args.others) in _LOCAL_RUNNERS:
+    runner = run.runner_of(args.others)
+    if runner != "PortableRunner":  # whose job server may know flags of its own
+        run.refuse_unknown_flags(args.others)
+    if runner in _LOCAL_RUNNERS:
         from vae_model.backend import load_quietly
 
         load_quietly()
+    else:
+        logging.getLogger().setLevel(logging.INFO)  # job ids, links and states
     summary = run.run(args.argv)
     if summary is not None:
         print_summary(summary)
@@ -80,6 +85,7 @@ def load_job() -> Any:
 def print_summary(summary: Any) -> None:
     """The account of a job, as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -88,11 +94,15 @@ def print_summary(summary: Any) -> None:
     table.add_column(style="dim")
     rate = summary.num_anomalies / summary.num_scored if summary.num_scored else 0
     table.add_row("records in", f"{summary.num_records:,}", "")
-    table.add_row("scored", f"{summary.num_scored:,}", summary.output)
+    table.add_row("scored", f"{summary.num_scored:,}", escape(summary.output))
     table.add_row("anomalies", f"{summary.num_anomalies:,}", f"{rate:.2%} of the scored")
-    table.add_row("dead letters", f"{summary.num_dead_letters:,}", summary.dead_letters)
+    table.add_row("dead letters", f"{summary.num_dead_letters:,}", escape(summary.dead_letters))
+    for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1]):
+        table.add_row("", f"{count:,}", reason.replace("_", " "))
     if summary.num_unreadable_files:
         table.add_row("unreadable files", f"{summary.num_unreadable_files:,}", "of unknown length, one letter each")
+    if summary.num_unaccounted:
+        table.add_row("[red]unaccounted[/red]", f"{summary.num_unaccounted:,}", "neither scored nor set aside: a bug")
     rate = summary.num_records / summary.seconds
     table.add_row("rows/s", f"{rate:,.0f}", f"{summary.seconds:.1f} s, launch and model loading included")
     Console().print(table)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vae_model.bundle import Bundle
@@ -98,7 +99,7 @@ def print_strangest(console: Console, scored: pa.Table) -> None:
 
 
 def _reason_text(reason: dict[str, Any]) -> str:
-    value = "missing" if reason["value"] is None else f"{reason['value']} ({reason['direction']})"
+    value = "missing" if reason["value"] is None else f"{escape(reason['value'])} ({reason['direction']})"
     between = f" ({reason['low']} to {reason['high']})" if reason["low"] is not None else ""
     expected = f"expected {reason['expected']}{between}"
     return f"[bold]{reason['feature']}[/bold] {value}, {expected}: +{reason['excess_nats']:.1f}"

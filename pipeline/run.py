@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
+from pipeline.letters import KIND_PREFIX, NAMESPACE
 from pipeline.options import add_arguments, check
-from pipeline.sinks import WriteDeadLetters, WriteTables, destination
-from pipeline.sources import ReadTables, format_of, launch_schema, split_suffix
-from pipeline.transforms import NAMESPACE, ScoreTables
+from pipeline.sinks import WriteDeadLetters, WriteTables
+from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
+from pipeline.transforms import ScoreTables
 from vae_model.bundle import load_bundle
+from vae_model.schema import TableSchema, column_kind
 
 
 class ScoringOptions(PipelineOptions):
@@ -44,6 +46,7 @@ class Summary:
         num_anomalies: Of these, labelled anomalies.
         num_dead_letters: Records that could not be scored, counted the same way.
         num_unreadable_files: Files whose number of records is not known.
+        reasons: Dead letters by kind of error.
         seconds: From launch to the last file.
         output: Where the scored files are.
         dead_letters: Where the others are.
@@ -54,9 +57,15 @@ class Summary:
     num_anomalies: int
     num_dead_letters: int
     num_unreadable_files: int
+    reasons: dict[str, int]
     seconds: float
     output: str
     dead_letters: str
+
+    @property
+    def num_unaccounted(self) -> int:
+        """Records that are neither scored nor dead letters: 0, or something is broken."""
+        return self.num_records - self.num_scored - self.num_dead_letters
 
 
 def build(pipeline: beam.Pipeline, options: Any) -> None:
@@ -73,17 +82,18 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     """
     check(options)
     input_format = format_of(options.input, options.input_format)
+    input_files = match_files(options.input, input_format)
+    _refuse_old_output(options, input_files)
     bundle = load_bundle(options.bundle)
     found = launch_schema(options.input, input_format)
     columns = options.columns if options.id_columns is None else options.id_columns
     score = ScoreTables(options.bundle, options.reasons, options.threshold, options.score_prefix, columns)
-    # Text is read as the types of training, whatever the first lines look like.
-    typed = _with_types(found, bundle.schema.arrow_schema, bundle.schema.names) if input_format != "parquet" else found
+    # Text says nothing of types: features are read as in training, numbers wide enough for strange ones.
+    typed = found if input_format == "parquet" else _with_types(found, bundle.schema)
     output_schema = score.output_schema(typed)
     output_format = options.output_format or (
         format_of(options.output) if split_suffix(options.output)[1] else input_format
     )
-    _make_room(options.output, output_format, options.overwrite)
 
     # All columns, also those that are not written: a dead letter carries its whole record.
     required = tuple(bundle.schema.names)
@@ -93,13 +103,13 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     letters = (read.dead_letters, scored.dead_letters) | "AllDeadLetters" >> beam.Flatten()
     letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
     counts = (
-        scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0)),
-        letters | "CountDeadLetters" >> beam.Map(lambda table: (0, _num_records(table))),
+        scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0, 0)),
+        letters | "CountDeadLetters" >> beam.Map(lambda table: (0, _num_records(table), _num_unknown(table))),
     ) | "AllCounts" >> beam.Flatten()
     (
         counts
-        | "SumCounts" >> beam.CombineGlobally(_SumPairs())
-        | "CheckDeadLetters" >> beam.ParDo(_CheckDeadLetters(options.max_dead_letter_fraction))
+        | "SumCounts" >> beam.CombineGlobally(_sums)
+        | "CheckDeadLetters" >> beam.ParDo(_CheckDeadLetters(options.max_dead_letter_fraction, len(input_files)))
     )
 
 
@@ -114,8 +124,11 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
     """
     beam_options = PipelineOptions(argv, save_main_session=False)
     options = beam_options.view_as(ScoringOptions)
+    if runner_of(list(argv or ())) == "DataflowRunner" and "://" not in str(options.bundle):
+        raise ValueError(f"--bundle: expected a URI that Dataflow's workers can read, got {options.bundle}")
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
+    old = _output_files(options)
     start = time.perf_counter()
     try:
         result = pipeline.run()
@@ -129,6 +142,9 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
             text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
             raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
         raise
+    # Only now that the new files are whole: shards of an earlier run that they did not replace.
+    if stale := [path for path, written in _output_files(options).items() if old.get(path) == written]:
+        FileSystems.delete(stale)
     return summarize(result, time.perf_counter() - start, options)
 
 
@@ -145,6 +161,7 @@ def summarize(result: Any, seconds: float, options: Any) -> Summary:
         num_anomalies=counters.get("num_anomalies", 0),
         num_dead_letters=counters.get("num_dead_letters", 0),
         num_unreadable_files=unreadable,
+        reasons={name.removeprefix(KIND_PREFIX): n for name, n in counters.items() if name.startswith(KIND_PREFIX)},
         seconds=seconds,
         output=options.output,
         dead_letters=dead_letter_place(options),
@@ -160,53 +177,68 @@ def dead_letter_place(options: Any) -> str:
     return f"{folder or '.'}/_dead_letters"
 
 
-def _with_types(found: pa.Schema, trained: pa.Schema, features: Sequence[str]) -> pa.Schema:
-    """The found columns, features with the type that they had in training."""
-    return pa.schema([trained.field(f.name) if f.name in features and f.name in trained.names else f for f in found])
+def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
+    """The found columns, features with their type in training; whole numbers as int64, others as float64."""
+    fields = []
+    for column in found:
+        if column.name in schema.names:
+            kind = schema.arrow_type(column.name)
+            if pa.types.is_integer(kind):
+                kind = pa.int64()
+            elif column_kind(kind) == "numeric" and not pa.types.is_duration(kind):
+                kind = pa.float64()
+            column = pa.field(column.name, kind)
+        fields.append(column)
+    return pa.schema(fields)
 
 
-def _make_room(output: str, file_format: str, overwrite: bool) -> None:
-    """Refuses, or removes, what an earlier run left: more shards than this one writes would stay among them."""
-    prefix, suffix = destination(output, file_format)
-    old = [metadata.path for metadata in FileSystems.match([f"{prefix}-*-of-*{suffix}"])[0].metadata_list]
-    if old and not overwrite:
-        raise FileExistsError(f"{output}: holds {len(old)} scored files already; choose another place or --overwrite")
-    if old:
-        FileSystems.delete(old)
+def _output_files(options: Any) -> dict[str, float]:
+    """Files where the job writes, in any format, with the time when each was written."""
+    places = [(options.output, "scored"), (dead_letter_place(options), "dead_letters")]
+    patterns = []
+    for place, name in places:
+        stem, suffix = split_suffix(place)
+        prefix = stem if suffix else f"{place.rstrip('/')}/{name}"
+        patterns.append(f"{prefix}-*-of-*{suffix}")
+    found = [metadata for result in FileSystems.match(patterns) for metadata in result.metadata_list]
+    return {metadata.path: metadata.last_updated_in_seconds for metadata in found}
+
+
+def _refuse_old_output(options: Any, input_files: Sequence[str]) -> None:
+    old = _output_files(options)
+    if own := set(old) & set(input_files):
+        raise ValueError(f"{sorted(own)[0]}: is both input and output; choose another --output")
+    if old and not options.overwrite:
+        there = f"{min(old)}: is there already ({len(old)} files in all)"
+        raise FileExistsError(f"{there}; choose another place or --overwrite")
+
+
+def _num_unknown(letters: pa.Table) -> int:
+    return int(letters["num_records"].null_count)
 
 
 def _num_records(letters: pa.Table) -> int:
     return int(pa.compute.sum(letters["num_records"].fill_null(1)).as_py() or 0)
 
 
-class _SumPairs(beam.CombineFn):
-    def create_accumulator(self) -> tuple[int, int]:
-        return 0, 0
-
-    def add_input(self, accumulator: tuple[int, int], pair: tuple[int, int]) -> tuple[int, int]:
-        return accumulator[0] + pair[0], accumulator[1] + pair[1]
-
-    def merge_accumulators(self, accumulators: Any) -> tuple[int, int]:
-        pairs = list(accumulators)
-        return sum(scored for scored, _ in pairs), sum(letters for _, letters in pairs)
-
-    def extract_output(self, accumulator: tuple[int, int]) -> tuple[int, int]:
-        return accumulator
+def _sums(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(sum(column) for column in zip((0, 0, 0), *counts, strict=True))
 
 
 class _CheckDeadLetters(beam.DoFn):
     """Fails the job, in the pipeline itself: a template has no launcher that waits and counts."""
 
-    def __init__(self, max_fraction: float) -> None:
-        self._max_fraction = max_fraction
+    def __init__(self, max_fraction: float, num_files: int) -> None:
+        self._max_fraction, self._num_files = max_fraction, num_files
 
-    def process(self, counts: tuple[int, int]) -> None:
-        scored, letters = counts
+    def process(self, counts: tuple[int, int, int]) -> None:
+        scored, letters, unreadable = counts
+        limit = f"more than max_dead_letter_fraction = {self._max_fraction:g} allows"
         if letters > self._max_fraction * (scored + letters):
-            raise DeadLetterLimitError(
-                f"{letters:,} of {scored + letters:,} records could not be scored, more than "
-                f"max_dead_letter_fraction = {self._max_fraction:g} allows"
-            )
+            raise DeadLetterLimitError(f"{letters:,} of {scored + letters:,} records could not be scored, {limit}")
+        # How many records they hold nobody knows, so files are compared with files.
+        if unreadable > self._max_fraction * self._num_files:
+            raise DeadLetterLimitError(f"{unreadable:,} of {self._num_files:,} files could not be read, {limit}")
 
 
 def runner_of(flags: Sequence[str]) -> str:

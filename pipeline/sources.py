@@ -5,12 +5,17 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
 import numpy as np
@@ -22,12 +27,19 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+from pipeline.letters import NAMESPACE, Letters
 from pipeline.records import SOURCE_KEY, dead_letters, file_letter, json_lines, line_letters, parse_json_lines
-from vae_model.tables import conform, rechunk
+from vae_model.tables import conform, is_text, rechunk
 
+_LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 4 << 20
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"}
 _CODECS = {CompressionTypes.GZIP: "gzip", CompressionTypes.BZIP2: "bz2", CompressionTypes.ZSTD: "zstd"}
+_NUM_ATTEMPTS = 3
+_NUM_THREADS = 16
+# What bad content raises; memory that runs out and a store's own errors are for the runner to try again.
+_BAD_CONTENT = (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, zlib.error)
+_T = TypeVar("_T")
 
 
 class ReadResult(NamedTuple):
@@ -44,6 +56,7 @@ class ReadTables(beam.PTransform):
     Every record of every file is a row of a table or counted by a dead letter. Columns beyond the
     schema are dropped. In JSON Lines an absent key is null, but a record with none of the required
     columns is a dead letter. Bytes of a CSV file that are not UTF-8 are read as the text `\\xNN`.
+    What cannot be read is tried again before it becomes a dead letter.
 
     Args:
         pattern: A file, glob or directory, on any filesystem that Beam knows. Of a directory, the
@@ -80,12 +93,12 @@ class ReadTables(beam.PTransform):
         )
         unreadable = None
         if file_format == "parquet":
-            parts, unreadable = parts | "ListRowGroups" >> beam.ParDo(_ListRowGroups()).with_outputs(
+            parts, unreadable = parts | "ListRowGroups" >> beam.ParDo(_ListRowGroups(self.max_rows)).with_outputs(
                 "dead_letters", main="row_groups"
             )
             parts = parts | "SpreadRowGroups" >> beam.Reshuffle()
         else:
-            parts = parts | "WholeFiles" >> beam.Map(lambda path: (path, 0, None))
+            parts = parts | "WholeFiles" >> beam.Map(lambda path: (path, None))
         read = _Read(file_format, self.schema, tuple(self.required), self.max_rows)
         tables, letters = parts | "Read" >> beam.ParDo(read).with_outputs("dead_letters", main="tables")
         if unreadable is not None:
@@ -94,23 +107,88 @@ class ReadTables(beam.PTransform):
 
 
 def launch_schema(pattern: str, file_format: str | None = None) -> pa.Schema:
-    """The columns of the first matching file: from its footer, or inferred from the first block of a text file.
+    """The columns to read, each of them nullable.
+
+    Of Parquet the columns of all files, by their footers, in the order of the first file; types are
+    promoted as far as Arrow does, and a column whose types do not promote is text. A file that
+    cannot be read is left out. Of text files the columns of the first: in CSV all are text, in JSON
+    Lines they are inferred from its first block.
 
     Raises:
         FileNotFoundError: Nothing matches.
-        ValueError: The file is empty, or is no such file.
+        ValueError: The first file (of Parquet: every file) is empty, or is no such file.
     """
     file_format = format_of(pattern, file_format)
-    path = match_files(pattern, file_format)[0]
+    paths = match_files(pattern, file_format)
     try:
-        schema = _LAUNCH_SCHEMAS[file_format](path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a {file_format} file, got one that cannot be read ({error})") from error
+        if file_format == "parquet":
+            return _unify(_parquet_schemas(paths))
+        schema = _csv_schema(paths[0]) if file_format == "csv" else _json_schema(paths[0])
+    except (pa.ArrowException, OSError, _UnreadableError) as error:
+        raise ValueError(f"{paths[0]}: expected a {file_format} file, got one that cannot be read ({error})") from error
     if schema is None:
-        raise ValueError(f"{path}: expected a {file_format} file with columns, got an empty one")
-    # A column without a value in the first block may have any later: text holds it.
-    fields = [pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field for field in schema]
-    return pa.schema(fields) if file_format != "parquet" else schema.remove_metadata()
+        raise ValueError(f"{paths[0]}: expected a {file_format} file with columns, got an empty one")
+    # As text, zip codes and long ids stay as they are; and a column without a value in the first block may have any.
+    return pa.schema(
+        [
+            pa.field(field.name, pa.string()) if file_format == "csv" or pa.types.is_null(field.type) else field
+            for field in schema
+        ]
+    )
+
+
+def _parquet_schemas(paths: Sequence[str]) -> list[pa.Schema]:
+    """Of the files whose footers can be read; raises the error of the first file if none can."""
+
+    def read(path: str) -> pa.Schema | _UnreadableError:
+        try:
+            return _footer(path).schema
+        except _UnreadableError as error:
+            return error
+
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        found = list(threads.map(read, paths))
+    schemas = [schema for schema in found if isinstance(schema, pa.Schema)]
+    if not schemas:
+        raise found[0]
+    return schemas
+
+
+def _unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    types: dict[str, list[pa.DataType]] = {}
+    for schema in schemas:
+        for field in schema:
+            types.setdefault(field.name, []).append(_without_view(field.type))
+    fields = []
+    for name, found in types.items():
+        try:
+            kind = reduce(_wider, dict.fromkeys(found))
+        except (pa.ArrowException, ValueError):
+            kind = pa.string()
+        fields.append(pa.field(name, kind))
+    return pa.schema(fields)
+
+
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_without_view(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_view(field.type)) for field in kind])
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    """A type that holds the values of two different ones; Arrow's error if there is none."""
+    if pa.types.is_null(a) or pa.types.is_null(b):
+        return b if pa.types.is_null(a) else a
+    a, b = (_without_view(kind.value_type) if pa.types.is_dictionary(kind) else kind for kind in (a, b))
+    if is_text(a) and is_text(b):
+        return pa.string()
+    schemas = [pa.schema([("", kind)]) for kind in (a, b)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
 def format_of(pattern: str, file_format: str | None = None) -> str:
@@ -183,59 +261,117 @@ class _Part(NamedTuple):
     num_undeclared: int = 0  # columns of the file that the schema lacks, told once per file
 
 
-class _Letters:
-    """Dead letters on their way out, counted."""
+class _UnreadableError(Exception):
+    """Every attempt to read a file, or a part of it, met bad content."""
 
-    def __init__(self) -> None:
-        self._num_dead_letters = Metrics.counter("BeamVAE", "num_dead_letters")
-        self._num_unreadable_files = Metrics.counter("BeamVAE", "num_unreadable_files")
 
-    def send(self, letters: pa.Table) -> beam.pvalue.TaggedOutput:
-        counts = letters["num_records"].fill_null(1).to_numpy()
-        self._num_dead_letters.inc(int(counts.sum()))
-        self._num_unreadable_files.inc(letters["num_records"].null_count)
-        return beam.pvalue.TaggedOutput("dead_letters", letters)
+def _try_again(path: str, read: Callable[[], Iterator[_T]]) -> Iterator[_T]:
+    """What `read` gives; where it fails, it is called again, and has to skip what it has given before.
+
+    Raises:
+        _UnreadableError: The last attempt failed too.
+    """
+    for attempt in range(1, _NUM_ATTEMPTS + 1):
+        try:
+            yield from read()
+            return
+        except MemoryError:  # Arrow's is an ArrowException too
+            raise
+        except _BAD_CONTENT as error:
+            _LOG.warning("%s: reading failed, attempt %d of %d: %s", path, attempt, _NUM_ATTEMPTS, error)
+            if attempt == _NUM_ATTEMPTS:
+                raise _UnreadableError(str(error)) from error
+        _pause(0.1 * attempt)
+
+
+class _NewParts:
+    """The parts of a file, each time from the start, without what earlier calls have given.
+
+    Rows come in the same parts each time and malformed lines in the same order, but Arrow reads
+    CSV ahead, so that it is chance with which part a malformed line comes.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[_Part]]) -> None:
+        self._read = read
+        self._num_rows = 0
+        self._num_bad_lines = 0
+        self._num_undeclared = 0
+
+    def __call__(self) -> Iterator[_Part]:
+        num_rows = num_bad_lines = 0
+        for part in self._read():
+            num_rows += part.table.num_rows
+            num_known = max(self._num_bad_lines - num_bad_lines, 0)
+            num_bad_lines += len(part.bad_lines)
+            rows = part if num_rows > self._num_rows else _Part(part.table.slice(0, 0))
+            part = rows._replace(
+                bad_lines=part.bad_lines[num_known:],
+                errors=part.errors[num_known:],
+                num_undeclared=max(part.num_undeclared - self._num_undeclared, 0),
+            )
+            self._num_rows = max(self._num_rows, num_rows)
+            self._num_bad_lines = max(self._num_bad_lines, num_bad_lines)
+            self._num_undeclared += part.num_undeclared
+            yield part
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 class _ListRowGroups(beam.DoFn):
-    """A Parquet file's path in; `(path, row_group, num_rows)` out."""
+    """A Parquet file's path in; `(path, run)` out, a run being pairs of a row group and its number of rows.
 
-    def __init__(self) -> None:
-        self._letters = _Letters()
+    The row groups of a run follow one another and hold at most `max_rows` rows together; a larger
+    one is alone.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._letters = Letters()
 
     def process(self, path: str) -> Iterator[Any]:
         try:
-            with _open_parquet(path) as file:
-                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        except Exception as error:  # every store has its own; the letter carries it
+            sizes = _footer(path).num_rows
+        except _UnreadableError as error:
             yield self._letters.send(file_letter(path, "read", error, None))
             return
+        run: list[tuple[int, int]] = []
+        room = self._max_rows
         for row_group, num_rows in enumerate(sizes):
+            if run and num_rows > room:
+                yield path, run
+                run, room = [], self._max_rows
             if num_rows:
-                yield path, row_group, num_rows
+                run.append((row_group, num_rows))
+                room -= num_rows
+        if run:
+            yield path, run
 
 
 class _Read(beam.DoFn):
-    """`(path, row_group, num_rows or None)` in, tables out."""
+    """`(path, run)` in, tables out; of text files, which are read whole, the run is None."""
 
     def __init__(self, file_format: str, schema: pa.Schema, required: tuple[str, ...], max_rows: int) -> None:
         self._file_format = file_format
         self._schema = schema
         self._required = required
         self._max_rows = max_rows
-        self._letters = _Letters()
-        self._num_records = Metrics.counter("BeamVAE", "num_records")
-        self._num_undeclared_columns = Metrics.counter("BeamVAE", "num_undeclared_columns")
+        self._letters = Letters()
+        self._num_records = Metrics.counter(NAMESPACE, "num_records")
+        self._num_undeclared_columns = Metrics.counter(NAMESPACE, "num_undeclared_columns")
 
-    def process(self, element: tuple[str, int, int | None]) -> Iterator[Any]:
-        path, row_group, num_rows = element
-        parts = _READERS[self._file_format](path, row_group, self._schema, self._max_rows)
+    def process(self, element: tuple[str, list[tuple[int, int]] | None]) -> Iterator[Any]:
+        path, run = element
+        row_groups = [row_group for row_group, _ in run or ()]
+        read = partial(_READERS[self._file_format], path, row_groups, self._schema, self._max_rows)
+        parts = _try_again(path, _NewParts(read))
         num_read = 0
         error: Exception | None = None
         while True:
             try:
                 part = next(parts, None)
-            except Exception as caught:  # every store and codec has its own; the letter carries it
+            except _UnreadableError as caught:
                 error = caught
                 break
             if part is None:
@@ -244,10 +380,14 @@ class _Read(beam.DoFn):
             self._num_records.inc(part.table.num_rows + len(part.bad_lines))
             self._num_undeclared_columns.inc(part.num_undeclared)
             yield from self._conform(part, path)
-        if num_rows is None:
+        if error and run and len(run) > 1:  # of which nothing has been sent, since it is one part
+            for row_group in run:
+                yield from self.process((path, [row_group]))
+            return
+        if run is None:
             num_missing = None
         else:
-            num_missing = num_rows - num_read
+            num_missing = sum(num_rows for _, num_rows in run) - num_read
             error = error or (ValueError("the row group holds fewer rows than it says") if num_missing else None)
         if error:
             self._num_records.inc(num_missing or 0)
@@ -269,7 +409,7 @@ class _Read(beam.DoFn):
                     )
         if len(rejects):
             yield self._letters.send(dead_letters(part.table, rejects, source=path, stage="read", payload=lines))
-            table = _keep_rows(table, rejects.keep)
+            table = table.filter(rejects.keep)
         if part.bad_lines:
             letters = line_letters(
                 part.bad_lines, part.errors, payload_format=self._file_format, source=path, stage="read"
@@ -286,25 +426,37 @@ class _Read(beam.DoFn):
         return np.flatnonzero(empty).tolist()
 
 
-def _keep_rows(table: pa.Table, keep: np.ndarray) -> pa.Table:
-    try:
-        return table.filter(keep)
-    except pa.ArrowNotImplementedError:  # of views, which Parquet may hold
-        edges = np.flatnonzero(np.diff(keep.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-        return pa.concat_tables([table.slice(0, 0), *(table.slice(start, end - start) for start, end in edges)])
+# ---- the formats: each a generator of the parts of one file, the same rows at each call ---------
 
 
-# ---- the formats: each a generator of the parts of one file, which may raise anything ----------
-
-
-def _parquet_parts(path: str, row_group: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+def _parquet_parts(path: str, row_groups: Sequence[int], schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+    """The parts of one row group; several row groups, of at most `max_rows` rows together, are one part."""
     with _open_parquet(path) as file:
         names = file.schema_arrow.names
-        num_undeclared = len(set(names) - set(schema.names)) if row_group == 0 else 0
+        num_undeclared = len(set(names) - set(schema.names)) if 0 in row_groups else 0
         columns = [name for name in schema.names if name in names]
-        for batch in file.iter_batches(max_rows, row_groups=[row_group], columns=columns, use_threads=False):
-            yield _Part(pa.Table.from_batches([batch]), num_undeclared=num_undeclared)
+        batches = file.iter_batches(max_rows, row_groups=row_groups, columns=columns, use_threads=False)
+        if len(row_groups) > 1:
+            batches = [pa.Table.from_batches(batches).combine_chunks()]
+        for batch in batches:
+            yield _Part(pa.table(batch), num_undeclared=num_undeclared)
             num_undeclared = 0
+
+
+class _Footer(NamedTuple):
+    schema: pa.Schema
+    num_rows: list[int]  # of each row group
+
+
+def _footer(path: str) -> _Footer:
+    """What a Parquet file tells of itself; `_UnreadableError` if it cannot be read."""
+
+    def read() -> Iterator[_Footer]:
+        with _open_parquet(path) as file:
+            num_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            yield _Footer(file.schema_arrow, num_rows)
+
+    return next(_try_again(path, read))
 
 
 @contextmanager
@@ -317,7 +469,7 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _csv_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+def _csv_parts(path: str, _: Sequence[int], schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
     header = _csv_schema(path)
     if header is None:
         return
@@ -335,15 +487,16 @@ def _csv_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator[
             try:
                 batch = next(reader, None)
                 table = None if batch is None else pa.Table.from_batches([batch])
-            except (pa.ArrowException, OSError) as error:
+            except _BAD_CONTENT as error:
                 table, failure = None, error
+            found = bad_rows[:]
+            del bad_rows[: len(found)]  # Arrow, reading ahead, may have added more
             yield _Part(
                 reader.schema.empty_table() if table is None else table,
-                bad_lines=[row.text for row in bad_rows],
-                errors=[f"expected {row.expected_columns} fields, got {row.actual_columns}" for row in bad_rows],
+                bad_lines=[row.text for row in found],
+                errors=[f"expected {row.expected_columns} fields, got {row.actual_columns}" for row in found],
                 num_undeclared=num_undeclared,
             )
-            bad_rows.clear()
             num_undeclared = 0
     if failure:
         raise failure
@@ -380,7 +533,7 @@ def _open_csv(
     )
 
 
-def _json_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
+def _json_parts(path: str, _: Sequence[int], schema: pa.Schema, max_rows: int) -> Iterator[_Part]:
     first = True
     for block in _line_blocks(path):
         parsed = parse_json_lines(block, schema)
@@ -394,15 +547,23 @@ def _json_parts(path: str, _: int, schema: pa.Schema, max_rows: int) -> Iterator
 def _line_blocks(path: str) -> Iterator[bytes]:
     """The file in blocks of whole lines, a few MiB each unless a line is longer."""
     with closing(_open_stream(path)) as stream:
-        pieces = [stream.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)]
+        pieces = [_read_block(stream).removeprefix(codecs.BOM_UTF8)]
         while pieces[-1]:
             whole, newline, rest = pieces[-1].rpartition(b"\n")
             if newline:
                 yield b"".join([*pieces[:-1], whole, newline])
                 pieces = [rest]
-            pieces.append(stream.read(_BLOCK_BYTES))
+            pieces.append(_read_block(stream))
         if any(pieces):
             yield b"".join(pieces)
+
+
+def _read_block(stream: pa.NativeFile) -> bytes:
+    """As many bytes each time, also of a store that gives what it has: blocks are the same at each attempt."""
+    block: bytes = stream.read(_BLOCK_BYTES)
+    while piece := stream.read(_BLOCK_BYTES - len(block)) if len(block) < _BLOCK_BYTES else b"":
+        block += piece
+    return block
 
 
 def _json_schema(path: str) -> pa.Schema | None:
@@ -414,11 +575,6 @@ def _json_schema(path: str) -> pa.Schema | None:
                 pa.BufferReader(records), read_options=pa_json.ReadOptions(block_size=len(records) + 1)
             ).schema
     return None
-
-
-def _parquet_schema(path: str) -> pa.Schema:
-    with _open_parquet(path) as file:
-        return file.schema_arrow
 
 
 def _open_stream(path: str) -> pa.NativeFile:
@@ -470,4 +626,3 @@ class _Utf8(io.RawIOBase):
 
 
 _READERS = {"parquet": _parquet_parts, "csv": _csv_parts, "jsonl": _json_parts}
-_LAUNCH_SCHEMAS = {"parquet": _parquet_schema, "csv": _csv_schema, "jsonl": _json_schema}

@@ -12,11 +12,12 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 
+from pipeline.letters import NAMESPACE, Letters
 from pipeline.models import shared_bundle
 from pipeline.records import SOURCE_KEY, dead_letters
 from vae_model.bundle import Bundle, load_bundle, refuse_clash, score_fields
-
-NAMESPACE = "BeamVAE"
+from vae_model.files import absolute
+from vae_model.tables import without_views
 
 
 class ScoredTables(NamedTuple):
@@ -64,13 +65,14 @@ class ScoreTables(beam.PTransform):
         for name in kept:
             if name not in input_schema.names:
                 raise ValueError(f"{name}: named in columns, but the input has only {', '.join(input_schema.names)}")
-        refuse_clash(kept, self.reasons, self.prefix)
-        fields = [input_schema.field(name) for name in kept]
+        refuse_clash(input_schema.names, self.reasons, self.prefix)
+        plain = without_views(input_schema.empty_table()).schema
+        fields = [plain.field(name) for name in kept]
         return pa.schema(fields + score_fields(self.reasons, self.prefix))
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
         do_fn = VAEScoreDoFn(
-            self.bundle,
+            absolute(self.bundle),  # workers may run elsewhere
             self._bundle.model_version,
             reasons=self.reasons,
             threshold=self.threshold,
@@ -108,6 +110,7 @@ class VAEScoreDoFn(beam.DoFn):
         self._uri, self._model_version = bundle, model_version
         self._options: dict[str, Any] = {"reasons": reasons, "threshold": threshold, "prefix": prefix}
         self._columns = None if columns is None else list(columns)
+        self._letters = Letters()
         # RunInference's names, so that dashboards made for it work.
         self._num_inferences = Metrics.counter(NAMESPACE, "num_inferences")
         self._batch_size = Metrics.distribution(NAMESPACE, "inference_request_batch_size")
@@ -116,7 +119,6 @@ class VAEScoreDoFn(beam.DoFn):
         self._load_latency = Metrics.distribution(NAMESPACE, "load_model_latency_milli_secs")
         self._model_bytes = Metrics.distribution(NAMESPACE, "model_byte_size")
         self._num_anomalies = Metrics.counter(NAMESPACE, "num_anomalies")
-        self._num_dead_letters = Metrics.counter(NAMESPACE, "num_dead_letters")
         self._mean_score = Metrics.distribution(NAMESPACE, "batch_mean_score_milli_nats")
         self._max_score = Metrics.distribution(NAMESPACE, "batch_max_score_milli_nats")
 
@@ -139,9 +141,8 @@ class VAEScoreDoFn(beam.DoFn):
         self._batch_size.update(table.num_rows)
         self._batch_bytes.update(table.nbytes)
         if len(rejects):
-            self._num_dead_letters.inc(len(rejects))
             letters = dead_letters(table, rejects, source=source, stage="score", model_version=self._model_version)
-            yield beam.pvalue.TaggedOutput("dead_letters", letters)
+            yield self._letters.send(letters)
         if scored.num_rows:
             self._count(scored)
             if self._columns is not None:

@@ -285,9 +285,14 @@ NUMBER_TEXTS = ["1", "-2.5", " 3 ", "1e5", "nan", "inf", "x", "", "1,5", "7", No
 TIME_TEXTS = ["2024-01-01", "1600-02-29T23:59:59", "9999-12-31", "2024-02-30", "x", "", None]
 
 
+def says_missing(cell):
+    """Whether a cell says that there is no value."""
+    return cell is None or (isinstance(cell, str) and cell.strip().lower() in ("", "na", "n/a", "#n/a", "null", "none"))
+
+
 def fits_number(cell):
     """Whether a cell can be scored as a number."""
-    if cell is None:
+    if says_missing(cell):
         return True
     try:
         return not math.isinf(float(cell))
@@ -297,7 +302,7 @@ def fits_number(cell):
 
 def fits_time(cell):
     try:
-        return cell is None or bool(dt.datetime.fromisoformat(cell))
+        return says_missing(cell) or bool(dt.datetime.fromisoformat(cell))
     except ValueError:
         return False
 
@@ -374,3 +379,24 @@ def test_neither_the_order_of_rows_nor_their_chunks_matter(drawn, random):
     keep = found.rejects.keep
     for name, values in whole.inputs.items():
         np.testing.assert_array_equal(found.inputs[name][keep], values[order][keep], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("trained", "later"),
+    [
+        (pa.array([True, False] * 50), pa.array([1, 0] * 50, pa.int8())),
+        (pa.array([1, 2] * 50), pa.array([1.0, 2.0] * 50)),
+        (pa.array([0.1] * 100, pa.float32()), pa.array([0.1] * 100, pa.float64())),
+    ],
+)
+def test_the_same_levels_in_another_type_are_the_same_levels(trained, later):
+    x = np.random.default_rng(0).normal(size=100)
+    table = pa.table({"c": trained, "x": x})
+    kinds, carried = choose_kinds(table.schema, categorical=["c"] if trained.type == pa.int64() else [])
+    statistics = TableStatistics(kinds)
+    statistics.update(table, 0)
+    schema = infer_schema(statistics, table.schema, carried)
+    then = encode(table, schema, ("standard",))
+    now = encode(pa.table({"c": later, "x": x}), schema, ("standard",))
+    np.testing.assert_array_equal(then.codes["c"], now.codes["c"])
+    assert (now.codes["c"] > 0).all()

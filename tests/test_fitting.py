@@ -71,9 +71,10 @@ def steps_of(data: object, training: TrainingConfig) -> tuple[_Steps, Split]:
     tables = open_tables(data)
     kinds, passthrough = choose_kinds(tables.schema)
     split = choose_split(tables, training, None)
-    statistics, _ = collect_statistics(tables, kinds, split, lambda *_: None)
+    statistics, num_rows = collect_statistics(tables, kinds, split, lambda *_: None)
     schema = infer_schema(statistics, tables.schema, passthrough)
-    return _Steps(tables, schema, statistics, VAEConfig(), training, split, lambda *_: None), split
+    num_train = int(num_rows[TRAIN])
+    return _Steps(tables, schema, statistics, VAEConfig(), training, split, lambda *_: None, num_train), split
 
 
 def row_ids(steps: _Steps, block: dict[str, np.ndarray]) -> np.ndarray:

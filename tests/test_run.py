@@ -83,7 +83,7 @@ def test_bad_cells_and_lines_of_a_csv_file_become_dead_letters(mixed_table, bund
 
 def test_a_truncated_parquet_file_is_one_letter_and_the_others_are_scored(source, bundle_uri, tmp_path):
     (source / "c.parquet").write_bytes((source / "b.parquet").read_bytes()[:500])
-    summary = run(flags(source, bundle_uri, tmp_path))
+    summary = run(flags(source, bundle_uri, tmp_path, max_dead_letter_fraction=0.5))
     (letter,) = pq.read_table(tmp_path / "out/_dead_letters").to_pylist()
     assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (601, 600, 1)
     assert letter["num_records"] is None
@@ -109,7 +109,8 @@ def test_too_many_dead_letters_fail_the_job_in_words(source, bundle_uri, mixed_t
 
 
 def test_an_input_that_does_not_fit_is_refused_before_anything_runs(source, bundle_uri, mixed_table, tmp_path):
-    pq.write_table(mixed_table.drop_columns(["weight"]), source / "a.parquet")
+    for name in ("a", "b"):
+        pq.write_table(mixed_table.drop_columns(["weight"]), source / f"{name}.parquet")
     with pytest.raises(ValueError, match="weight: expected one such column, got none"):
         run(flags(source, bundle_uri, tmp_path))
     assert not (tmp_path / "out").exists()
@@ -117,7 +118,7 @@ def test_an_input_that_does_not_fit_is_refused_before_anything_runs(source, bund
 
 def test_output_that_is_there_is_refused_and_replaced_on_purpose(source, bundle_uri, tmp_path):
     run(flags(source, bundle_uri, tmp_path))
-    with pytest.raises(FileExistsError, match="holds 1 scored files already; choose another place or --overwrite"):
+    with pytest.raises(FileExistsError, match=r"is there already \(2 files in all\); choose"):
         run(flags(source, bundle_uri, tmp_path))
     stale = tmp_path / "out/scored-00005-of-00009.parquet"
     stale.write_bytes(b"of an earlier run with more shards")
@@ -187,3 +188,88 @@ def test_an_empty_input_gives_an_empty_output_with_its_schema(mixed_table, bundl
     scored = pq.read_table(tmp_path / "out")
     assert scored.num_rows == 0
     assert scored.schema.field("anomaly_score").type == pa.float32()
+
+
+def test_a_job_never_deletes_its_own_input(source, bundle_uri, tmp_path):
+    run(flags(source, bundle_uri, tmp_path, output=source))
+    before = sorted(source.iterdir())
+    with pytest.raises(ValueError, match="is both input and output"):
+        run(flags(source, bundle_uri, tmp_path, "--overwrite", output=source, score_prefix="x_"))
+    assert sorted(source.iterdir()) == before
+
+
+def test_dead_letters_of_an_earlier_job_are_not_replaced_unasked(source, bundle_uri, tmp_path):
+    place = tmp_path / "letters"
+    run(flags(source, bundle_uri, tmp_path, output=tmp_path / "first", dead_letters=place))
+    with pytest.raises(FileExistsError, match=f"{place}/dead_letters-00000-of-00001.parquet: is there already"):
+        run(flags(source, bundle_uri, tmp_path, output=tmp_path / "second", dead_letters=place))
+
+
+def test_output_of_another_format_is_not_left_beside(source, bundle_uri, tmp_path):
+    run(flags(source, bundle_uri, tmp_path))
+    with pytest.raises(FileExistsError):
+        run(flags(source, bundle_uri, tmp_path, output_format="csv"))
+    run(flags(source, bundle_uri, tmp_path, "--overwrite", output_format="csv"))
+    assert {path.suffix for path in (tmp_path / "out").iterdir() if path.is_file()} == {".csv"}
+
+
+def test_a_failed_rerun_leaves_the_earlier_output(source, bundle_uri, mixed_table, tmp_path):
+    other = tmp_path / "other.parquet"
+    pq.write_table(mixed_table.drop_columns(["weight"]), other)
+    run(flags(source, bundle_uri, tmp_path))
+    with pytest.raises(ValueError, match="expected one such column"):
+        run(flags(None, bundle_uri, tmp_path, "--overwrite", input=other))
+    assert pq.read_table(tmp_path / "out").num_rows == 600
+
+
+def test_many_unreadable_files_fail_the_job(source, bundle_uri, tmp_path):
+    for i in range(3):
+        (source / f"c{i}.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DeadLetterLimitError, match="3 of 5 files could not be read"):
+        run(flags(source, bundle_uri, tmp_path))
+
+
+def test_files_of_wider_types_are_scored(source, bundle_uri, mixed_table, tmp_path):
+    later = mixed_table.slice(600, 100)
+    place = later.schema.get_field_index("count")
+    later = later.set_column(place, "count", later["count"].cast(pa.float64()))
+    pq.write_table(later, source / "c.parquet")
+    summary = run(flags(source, bundle_uri, tmp_path))
+    assert (summary.num_scored, summary.num_dead_letters) == (700, 0)
+
+
+def test_strange_numbers_in_text_are_anomalies_and_not_dead_letters(make_table, tmp_path):
+    from vae_model import TrainingConfig, VAEConfig, fit
+
+    table = make_table(1200, 5).select(["length", "weight", "count"])
+    table = table.set_column(2, "count", table["count"].cast(pa.int8()))
+    fit(table, VAEConfig(hidden_dims=(16,), latent_dim=2), TrainingConfig(max_steps=200), output=str(tmp_path / "b"))
+    (tmp_path / "in.csv").write_text("zip,length,weight,count\n00123,10,30,450\n00007,10,30,1\n")
+    summary = run(flags(None, str(tmp_path / "b"), tmp_path, input=tmp_path / "in.csv"))
+    assert (summary.num_scored, summary.num_dead_letters) == (2, 0)
+    (written,) = (tmp_path / "out").glob("scored*")
+    found = pd.read_csv(written, dtype={"zip": str})
+    assert found["zip"].tolist() == ["00123", "00007"]
+    assert found["is_anomaly"].tolist() == [True, False]
+
+
+def test_the_account_says_why_records_were_set_aside(mixed_table, bundle_uri, tmp_path):
+    values = mixed_table["length"].slice(0, 50).to_numpy().copy()
+    values[:2] = np.inf
+    pq.write_table(mixed_table.slice(0, 50).set_column(0, "length", pa.array(values)), tmp_path / "in.parquet")
+    summary = run(flags(None, bundle_uri, tmp_path, input=tmp_path / "in.parquet"))
+    assert summary.reasons == {"not_finite": 2}
+    assert summary.num_unaccounted == 0
+
+
+def test_dataflow_needs_a_bundle_that_its_workers_can_read(source, bundle_uri, tmp_path):
+    given = [flag for flag in flags(source, bundle_uri, tmp_path) if not flag.startswith("--runner")]
+    with pytest.raises(ValueError, match="--bundle: expected a URI that Dataflow's workers can read"):
+        run([*given, "--runner=DataflowRunner"])
+
+
+def test_views_of_text_are_scored(mixed_table, bundle_uri, bundle):
+    place = mixed_table.schema.get_field_index("color")
+    table = mixed_table.slice(0, 20)
+    views = table.set_column(place, "color", table["color"].cast(pa.string_view()))
+    assert bundle.score(views, reasons=2)["anomaly_score"].equals(bundle.score(table, reasons=2)["anomaly_score"])

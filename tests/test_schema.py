@@ -413,7 +413,7 @@ def test_the_unseen_mass_is_the_share_of_levels_seen_once():
 
 def test_the_unseen_mass_has_bounds():
     assert feature_of(["a", "b"] * 10).unseen == pytest.approx(1 / 22)
-    assert feature_of([f"{i}" for i in range(40)]).unseen == 0.5
+    assert feature_of([f"{i}" for i in range(40)]).unseen == pytest.approx(1 - 1 / 42)
 
 
 def test_a_column_has_a_bounded_number_of_classes():
@@ -477,3 +477,29 @@ def test_angles_turn_with_the_clock_the_week_and_the_year():
 def test_the_resolution_of_an_hour_is_that_of_its_times():
     minutes = [dt.datetime(2024, 1, 1) + dt.timedelta(minutes=7 * i) for i in range(200)]
     assert feature_of(minutes, pa.timestamp("us")).resolutions[0] == pytest.approx(2 * np.pi / 1440)
+
+
+def infer_column(values):
+    table = pa.table({"c": pa.array(values), "x": np.random.default_rng(0).normal(size=len(values))})
+    kinds, carried = choose_kinds(table.schema)
+    statistics = TableStatistics(kinds)
+    statistics.update(table, 0)
+    return infer_schema(statistics, table.schema, carried)
+
+
+def test_a_column_with_more_levels_than_can_be_known_is_carried_with_the_reason():
+    values = [f"v{i}" for i in np.random.default_rng(1).integers(0, 150_000, 400_000)]
+    assert "too many values to know by name (about 1" in infer_column(values).passthrough["c"]
+
+
+def test_levels_that_the_sketch_forgot_are_no_surprise():
+    rng = np.random.default_rng(2)
+    # 70 % of the rows share ten levels, the others have more than the sketch can hold.
+    values = np.where(rng.uniform(size=400_000) < 0.7, rng.integers(0, 10, 400_000), rng.integers(10, 10**6, 400_000))
+    schema = infer_column([f"v{i}" for i in values])
+    feature = next(f for f in schema.features if f.name == "c")
+    fresh = feature.codes(pa.chunked_array([[f"new{i}" for i in range(10)]]))
+    assert (fresh == 0).all()
+    known = sum(feature.counts) / len(values)
+    assert feature.unseen == pytest.approx(1 - known, abs=0.01)
+    assert feature.code_nll[0] < 3

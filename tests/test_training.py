@@ -287,7 +287,7 @@ def test_batches_carry_rows_over_and_show_each_once_a_pass(schema, inputs):
             block["fixed_nll"][:, 0] = rows
             yield block
 
-    batches = _batches(shuffled, 70, 0, build_vae(schema, CONFIG))
+    batches = _batches(shuffled, 350, 70, 0, build_vae(schema, CONFIG), first=0)
     seen = [batch["fixed_nll"][:, 0].numpy() for batch in batches.take(15)]
     assert {len(rows) for rows in seen} == {70}
     passes = np.concatenate(seen).reshape(3, 350)

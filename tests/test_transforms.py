@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather
 
+from pipeline.letters import NAMESPACE
 from pipeline.models import shared_bundle
-from pipeline.transforms import NAMESPACE, ScoreTables, VAEScoreDoFn
+from pipeline.transforms import ScoreTables, VAEScoreDoFn
 from vae_model.bundle import BundleError
 
 

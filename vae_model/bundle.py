@@ -23,11 +23,11 @@ from vae_model import files
 from vae_model.calibration import Calibration, Threshold
 from vae_model.config import VAEConfig
 from vae_model.encoding import EncodedTable, encode
-from vae_model.reasons import REASON_TYPE, explain
+from vae_model.reasons import REASON_TYPE, Explainer
 from vae_model.report import report
 from vae_model.schema import TableSchema
 from vae_model.statistics import TableStatistics
-from vae_model.tables import RecordError, Rejects, from_frame, rechunk
+from vae_model.tables import RecordError, Rejects, from_frame, rechunk, without_views
 
 if TYPE_CHECKING:
     from vae_model.scoring import ElboScorer, Scores
@@ -193,6 +193,7 @@ class Bundle:
         if reasons < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {reasons}")
         refuse_clash(table.column_names, reasons, prefix)
+        table = without_views(table)
         parts, rejected = [], []
         for start in range(0, max(table.num_rows, 1), CHUNK_ROWS):
             chunk = table.slice(start, CHUNK_ROWS)
@@ -234,17 +235,9 @@ class Bundle:
         return pa.table(columns, schema=pa.schema(score_fields(reasons, prefix))), rejects
 
     def _explain(self, table: pa.Table, encoded: EncodedTable, scores: Scores, reasons: int) -> pa.Array:
-        return explain(
-            table,
-            encoded,
-            scores.column_nll,
-            self.scorer.expect(encoded.inputs),
-            self.scorer.number_stddev,
-            self.schema,
-            self.config.views,
-            self.calibration,
-            reasons,
-        )
+        expectation, stddev = self.scorer.expect(encoded.inputs), self.scorer.number_stddev
+        explainer = Explainer(self.schema, self.config.views, self.calibration, stddev, table, encoded, expectation)
+        return explainer.explain(scores.column_nll, reasons)
 
     def terms(self, data: pa.Table | pd.DataFrame) -> pd.DataFrame:
         """Each row's NLL by column and its KL, in nats: they sum to the score exactly."""
@@ -263,7 +256,7 @@ class Bundle:
         names = [item.name for item in score_fields()]
         rows = self.golden.drop_columns(names)
         then = self.golden.column("anomaly_score").to_numpy()
-        now = self.score(rows).column("anomaly_score").to_numpy()
+        now = self.score(rows, reasons=1).column("anomaly_score").to_numpy()
         terms = self.terms(rows)
         tolerance = 1e-4 * (1 + terms.abs().to_numpy().sum(axis=1))
         if not (np.abs(now - then) <= tolerance).all():  # NaN too
@@ -384,7 +377,7 @@ def _parse(uri: str, contents: dict[str, bytes]) -> Bundle:
         threshold=read("calibration.json", lambda values: Threshold(**values["threshold"])),
         calibration=read("calibration.npz", read_calibration),
         statistics=read("statistics.json", TableStatistics.from_json),
-        golden=read("golden.parquet", lambda content: pq.read_table(io.BytesIO(content))),
+        golden=read("golden.parquet", _load_parquet),
         card=read("card.json", dict),
         history=read("history.csv", _load_csv),
     )
@@ -397,7 +390,7 @@ def _as_table(data: pa.Table | pa.RecordBatch | pd.DataFrame) -> pa.Table:
         return pa.Table.from_batches([data])
     if not isinstance(data, pa.Table):
         raise ValueError(f"data: expected an Arrow table or a DataFrame, got {type(data).__name__}")
-    return data
+    return without_views(data)
 
 
 def _version(contents: dict[str, bytes]) -> str:
@@ -425,6 +418,12 @@ def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **arrays)
     return stream.getvalue()
+
+
+def _load_parquet(content: bytes) -> pa.Table:
+    # Arrow 25's own threads abort about one in three short processes as they end.
+    with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
+        return file.read(use_threads=False)
 
 
 def _load_npz(content: bytes) -> dict[str, np.ndarray]:

@@ -265,15 +265,16 @@ def source_text(source: str | list[str]) -> str:
 def print_bundle(bundle: Any, uri: str) -> None:
     """A bundle at a glance."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     card, calibration, threshold = bundle.card, bundle.calibration, bundle.threshold
     training = card["training"]
-    console.print(f"[bold]{uri}[/bold]  version {bundle.model_version}, written {card['created']}")
+    console.print(f"[bold]{escape(uri)}[/bold]  version {bundle.model_version}, written {card['created']}")
     data = card["data"]
     console.print(
-        f"trained on {data['num_rows']:,} rows, {data['num_columns']} columns of {source_text(data['source'])}"
+        f"trained on {data['num_rows']:,} rows, {data['num_columns']} columns of {escape(source_text(data['source']))}"
     )
 
     columns = Table(title="columns", title_justify="left")
@@ -281,9 +282,11 @@ def print_bundle(bundle: Any, uri: str) -> None:
         columns.add_column(heading)
     for feature in bundle.schema.features:
         missing = feature.num_missing / max(feature.num_rows, 1)
-        columns.add_row(feature.name, feature.kind, f"{missing:.2%}" if missing else "", feature.description)
+        columns.add_row(
+            escape(feature.name), feature.kind, f"{missing:.2%}" if missing else "", escape(feature.description)
+        )
     for name, reason in bundle.schema.passthrough.items():
-        columns.add_row(name, "[dim]carried[/dim]", "", f"[dim]{reason}[/dim]")
+        columns.add_row(escape(name), "[dim]carried[/dim]", "", f"[dim]{escape(reason)}[/dim]")
     console.print(columns)
 
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

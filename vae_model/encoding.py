@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vae_model.schema import CategoricalFeature, ConstantFeature, NumericFeature, TableSchema, TimestampFeature
-from vae_model.tables import Rejects, as_levels, as_numbers, as_times, example
+from vae_model.tables import Rejects, as_levels, as_numbers, as_times, cast_cells, example, is_text
 
 
 @dataclass
@@ -76,9 +76,11 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
         elif isinstance(feature, CategoricalFeature):
             if isinstance(feature, ConstantFeature) and feature.number is not None:
                 values, here = _finite(column, feature.name, rejects)
-                code = (values == feature.number).astype(np.int32)
+                # A float32 0.1 is another number as a float64.
+                narrow = np.float32 if schema.arrow_type(feature.name) == pa.float32() else np.float64
+                code = (values.astype(narrow) == narrow(feature.number)).astype(np.int32)
             else:
-                levels = as_levels(column)
+                levels = _levels(column, schema.arrow_type(feature.name))
                 code, here = feature.codes(levels), levels.is_valid().to_numpy()
             codes[feature.name] = code
             fixed_nll[:, j] = np.where(here, feature.code_nll[code], 0)
@@ -102,6 +104,15 @@ def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArra
     if pa.types.is_timestamp(kind) and pa.types.is_timestamp(trained) and kind.tz and trained.tz:
         return column.cast(pa.timestamp(kind.unit, trained.tz))
     return column
+
+
+def _levels(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:
+    """Levels as the training table would spell them: 1 as "true" where it held booleans; others as they are."""
+    own = as_levels(column)
+    if column.type == trained or is_text(trained) or pa.types.is_dictionary(trained) or is_text(column.type):
+        return own
+    cast, bad = cast_cells(column, trained)
+    return pc.coalesce(as_levels(cast), own) if len(bad) else as_levels(cast)
 
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

@@ -22,6 +22,11 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
+def absolute(uri: str) -> str:
+    """A local path as an absolute one; a URI as it is."""
+    return uri if "://" in uri else filesystem(uri)[1]
+
+
 def exists(uri: str) -> bool:
     """Whether a file or directory is at a URI."""
     system, path = filesystem(uri)
@@ -58,7 +63,8 @@ def _match_one(pattern: str, suffix: str) -> list[tuple[fs.FileSystem, str]]:
     base = pattern[: pattern.rfind("/", 0, wild.start()) + 1]
     system, root = filesystem(base or ".")
     regex = re.compile(_glob_regex(pattern[len(base) :]))
-    return [(system, p) for p in _walk(system, root) if regex.fullmatch(posixpath.relpath(p, root))]
+    deep = "/" in pattern[len(base) :] or "**" in pattern
+    return [(system, p) for p in _walk(system, root, deep) if regex.fullmatch(posixpath.relpath(p, root))]
 
 
 def _glob_regex(pattern: str) -> str:
@@ -70,8 +76,8 @@ def _glob_regex(pattern: str) -> str:
     )
 
 
-def _walk(system: fs.FileSystem, root: str) -> list[str]:
-    infos = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+def _walk(system: fs.FileSystem, root: str, deep: bool = True) -> list[str]:
+    infos = system.get_file_info(fs.FileSelector(root, recursive=deep, allow_not_found=True))
     paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
     return [p for p in paths if not re.search(r"(^|/)[._]", posixpath.relpath(p, root))]
 
@@ -101,18 +107,16 @@ def remove(uri: str) -> None:
 def new_file(uri: str) -> Iterator[Any]:
     """A stream whose file appears under its name once all is written, and replaces one that is there."""
     system, path = filesystem(uri)
-    if not isinstance(system, fs.LocalFileSystem):
-        with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
-            yield stream
-        return
-    system.create_dir(path.rpartition("/")[0], recursive=True)
+    if isinstance(system, fs.LocalFileSystem):
+        system.create_dir(path.rpartition("/")[0], recursive=True)
     partial = f"{path}.partial"
     try:
         with system.open_output_stream(partial) as stream:
             yield stream
-        Path(partial).replace(path)
+        system.move(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        if system.get_file_info(partial).type == fs.FileType.File:
+            system.delete_file(partial)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -172,6 +173,8 @@ def fit(
     for role, column in {"label": label, "time_column": training.time_column}.items():
         if column and column not in tables.schema.names:
             raise ValueError(f"{column}: named as {role}, but the table has no such column")
+    if label and training.contamination is not None:
+        raise ValueError("contamination, label: expected one of them; rows labelled 1 are left out of calibration")
     hidden = dict.fromkeys([*exclude, *([label] if label else [])])
     kinds, passthrough = choose_kinds(
         tables.schema, numeric=numeric, categorical=categorical, timestamp=timestamp, exclude=hidden
@@ -204,7 +207,8 @@ def choose_split(tables: Tables, training: TrainingConfig, label: str | None) ->
     """
     n = tables.num_rows
     validation = min(training.validation_fraction, _MAX_VALIDATION_ROWS / n)
-    calibration = training.calibration_fraction or min(max(0.1, min(0.3, 1000 / n)), _MAX_CALIBRATION_ROWS / n)
+    calibration = training.calibration_fraction or max(0.1, min(0.3, 1000 / n))
+    calibration = min(calibration, _MAX_CALIBRATION_ROWS / n)
     if training.time_column:
         sketch = QuantileSketch()
         for block in tables.blocks:
@@ -452,8 +456,7 @@ def _cast_drawn(drawn: pa.Array, kind: pa.DataType) -> pa.Array:
 def card(tables: Tables, data: Any, bundle: Bundle, training: TrainingConfig) -> dict[str, Any]:
     """Where a bundle comes from."""
     fingerprint = hashlib.sha256(repr(tables.schema).encode())
-    for name, column in bundle.statistics.columns.items():
-        fingerprint.update(repr((name, column.num_rows, column.num_missing)).encode())
+    fingerprint.update(json.dumps(bundle.statistics.to_json()).encode())
     packages = ("beam-vae", "tensorflow", "keras", "numpy", "pyarrow")
     return {
         **bundle.card,

@@ -279,7 +279,10 @@ class ColumnNLL(keras.layers.Layer):
         if "missing" in heads:
             missing = 1 - ops.take(present, spec.nullable, axis=1)
             learned = bernoulli_nll(missing, heads["missing"], math.log(spec.num_rows + 1))
-            nll += ops.matmul(learned, np.eye(spec.num_features, dtype=np.float32)[list(spec.nullable)])
+            # To the nullable features' places, a column of zeros to all others.
+            place = np.full(spec.num_features, len(spec.nullable))
+            place[list(spec.nullable)] = np.arange(len(spec.nullable))
+            nll += ops.take(ops.pad(learned, [[0, 0], [0, 1]]), place, axis=1)
         return nll
 
     def _category_nll(self, logits: Any, categories: Any) -> Any:

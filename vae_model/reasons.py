@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vae_model.calibration import Calibration
 from vae_model.encoding import EncodedTable
-from vae_model.schema import CategoricalFeature, NumericFeature, TableSchema, TimestampFeature
+from vae_model.schema import NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import as_levels
 
 REASON_TYPE = pa.list_(
@@ -41,90 +45,135 @@ def top_features(column_nll: np.ndarray, medians: np.ndarray, k: int) -> np.ndar
     return np.take_along_axis(chosen, order, axis=1)
 
 
-def explain(
-    table: pa.Table,
-    encoded: EncodedTable,
-    column_nll: np.ndarray,
-    expectation: dict[str, np.ndarray],
-    number_stddev: np.ndarray,
-    schema: TableSchema,
-    views: tuple[str, ...],
-    calibration: Calibration,
-    k: int,
-) -> pa.Array:
-    """The k strangest columns of each row, as `REASON_TYPE`.
+@dataclass(frozen=True)
+class Explainer:
+    """Rows, and what the model expects of them.
 
     Args:
-        table: The n rows.
-        encoded: The same rows.
-        column_nll: `(n, features)`, in nats.
-        expectation: From `ElboScorer.expect`.
-        number_stddev: From `ElboScorer.number_stddev`.
         schema: Of the features.
         views: Of the numeric features.
         calibration: Gives each column's usual NLL.
-        k: Reasons per row.
+        number_stddev: From `ElboScorer.number_stddev`.
+        table: The n rows.
+        encoded: The same rows.
+        expectation: From `ElboScorer.expect`.
     """
-    n = table.num_rows
-    features = top_features(column_nll, calibration.column_medians, k)
-    k = features.shape[1]
-    flat, rows = features.ravel(), np.repeat(np.arange(n), k)
-    nats = column_nll[rows, flat]
-    nullable = [feature for feature in schema.features if feature.nullable]
-    texts: list[dict[str, pa.Array]] = []
-    places: list[np.ndarray] = []
-    for j, feature in enumerate(schema.features):
-        cells = np.flatnonzero(flat == j)
-        if len(cells):
-            where = rows[cells]
-            describe = _DESCRIBE.get(type(feature), _describe_category)
-            column = table.column(feature.name).take(pa.array(where))
-            text = describe(column, where, feature, encoded, expectation, number_stddev, schema, views)
-            missing = encoded.inputs["present"][where, j] == 0
-            text["direction"] = pc.if_else(pa.array(missing), "missing", text["direction"])
-            text["value"] = pc.if_else(pa.array(missing), None, as_levels(column).combine_chunks())
-            if feature.nullable:  # a value where none was expected
-                logits = expectation["missing"][where, nullable.index(feature)]
-                odd = pa.array(~missing & (logits > 0))
-                text["direction"] = pc.if_else(odd, "present", text["direction"])
-                text |= {name: pc.if_else(odd, None, text[name]) for name in ("expected", "low", "high")}
-            texts.append(text)
-            places.append(cells)
-    back = pa.array(np.argsort(np.concatenate(places))) if places else pa.array([], pa.int64())
-    merged = [
-        pa.concat_arrays([text[name].cast(pa.string()) for text in texts]).take(back)
-        if texts
-        else pa.array([], pa.string())
-        for name in _TEXTS
-    ]
-    struct = pa.StructArray.from_arrays(
-        [
-            pa.array(np.array(schema.names, object)[flat], pa.string()),
-            pa.array(nats, pa.float32()),
-            pa.array(nats - calibration.column_medians[flat], pa.float32()),
-            pa.array(calibration.column_p_values(flat, nats), pa.float32()),
-            *merged,
-        ],
-        fields=list(REASON_TYPE.value_type),
-    )
-    return pa.ListArray.from_arrays(pa.array(np.arange(0, n * k + 1, k), pa.int32()), struct, type=REASON_TYPE)
 
+    schema: TableSchema
+    views: tuple[str, ...]
+    calibration: Calibration
+    number_stddev: np.ndarray
+    table: pa.Table
+    encoded: EncodedTable
+    expectation: dict[str, np.ndarray]
 
-def _describe_number(column, rows, feature, encoded, expectation, number_stddev, schema, views):  # type: ignore[no-untyped-def]
-    # In the terms of the view that finds the value stranger.
-    j, width = schema.numeric.index(feature), len(schema.numeric)
-    deviations, bounds = [], []
-    for v, view in enumerate(views):
-        mean, stddev = expectation["mean"][rows, v * width + j], number_stddev[v * width + j]
-        to_value = feature.from_quantile if view == "quantile" else feature.from_standard
-        deviations.append((encoded.inputs["numbers"][rows, v * width + j] - mean) / stddev)
-        bounds.append([to_value(mean + sign * _NORMAL_95 * stddev) for sign in (-1, 0, 1)])
-    strangest = np.argmax(np.abs(deviations), axis=0)
-    cells = np.arange(len(rows))
-    direction = np.where(np.array(deviations)[strangest, cells] >= 0, "high", "low")
-    low, expected, high = (np.array(bounds)[strangest, i, cells] for i in range(3))
-    texts = {"low": low, "expected": expected, "high": high}
-    return {"direction": pa.array(direction)} | {name: _number_text(at, feature) for name, at in texts.items()}
+    def explain(self, column_nll: np.ndarray, k: int) -> pa.Array:
+        """The k strangest columns of each row, as `REASON_TYPE`, by their NLLs `(n, features)`."""
+        n = self.table.num_rows
+        if not n:
+            return pa.array([], REASON_TYPE)
+        medians = self.calibration.column_medians
+        features = top_features(column_nll, medians, k)
+        k = features.shape[1]
+        flat, rows = features.ravel(), np.repeat(np.arange(n), k)
+        nats = column_nll[rows, flat]
+        # The cells of one feature are described at once, then put back in their places.
+        places = np.argsort(flat, kind="stable")
+        found, starts = np.unique(flat[places], return_index=True)
+        texts = [self._describe(j, rows[cells]) for j, cells in zip(found, np.split(places, starts[1:]), strict=True)]
+        back = pa.array(np.argsort(places))
+        struct = pa.StructArray.from_arrays(
+            [
+                pa.array(np.array(self.schema.names, object)[flat], pa.string()),
+                pa.array(nats, pa.float32()),
+                pa.array(nats - medians[flat], pa.float32()),
+                pa.array(self.calibration.column_p_values(flat, nats), pa.float32()),
+                *(pa.concat_arrays([text[name] for text in texts]).take(back) for name in _TEXTS),
+            ],
+            fields=list(REASON_TYPE.value_type),
+        )
+        return pa.ListArray.from_arrays(pa.array(np.arange(0, n * k + 1, k), pa.int32()), struct, type=REASON_TYPE)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Position of each feature among those of its kind; of a time, of its first angle."""
+        places = {j: j for j in range(len(self.schema.numeric))}
+        angle, first = 0, len(places)
+        for j, feature in enumerate(self.schema.timestamps, first):
+            places[j] = angle
+            angle += len(feature.parts)
+        first += len(self.schema.timestamps)
+        return places | {j: j - first for j in range(first, len(self.schema.features))}
+
+    @cached_property
+    def _nullable(self) -> dict[int, int]:
+        """Position of each nullable feature among the nullable ones."""
+        return {j: i for i, j in enumerate(j for j, f in enumerate(self.schema.features) if f.nullable)}
+
+    def _describe(self, j: int, rows: np.ndarray) -> dict[str, pa.Array]:
+        """The texts of feature j's cells in some rows."""
+        feature = self.schema.features[j]
+        column = self.table.column(feature.name).take(pa.array(rows))
+        if isinstance(feature, NumericFeature):
+            texts = self._describe_number(j, feature, rows)
+        elif isinstance(feature, TimestampFeature):
+            texts = self._describe_time(j, feature, rows)
+        else:
+            texts = self._describe_category(j, feature, rows)
+        missing = self.encoded.inputs["present"][rows, j] == 0
+        texts["direction"] = pc.if_else(pa.array(missing), "missing", texts["direction"])
+        texts["value"] = pc.if_else(pa.array(missing), None, as_levels(column).combine_chunks())
+        if j in self._nullable:  # a value where none was expected
+            odd = pa.array(~missing & (self.expectation["missing"][rows, self._nullable[j]] > 0))
+            texts["direction"] = pc.if_else(odd, "present", texts["direction"])
+            texts |= {name: pc.if_else(odd, None, texts[name]) for name in ("expected", "low", "high")}
+        return {name: text.cast(pa.string()) for name, text in texts.items()}
+
+    def _describe_number(self, j: int, feature: NumericFeature, rows: np.ndarray) -> dict[str, pa.Array]:
+        # In the terms of the view that finds the value stranger.
+        width = len(self.schema.numeric)
+        deviations, bounds = [], []
+        for v, view in enumerate(self.views):
+            mean, stddev = self.expectation["mean"][rows, v * width + j], self.number_stddev[v * width + j]
+            to_value = feature.from_quantile if view == "quantile" else feature.from_standard
+            deviations.append((self.encoded.inputs["numbers"][rows, v * width + j] - mean) / stddev)
+            bounds.append([to_value(mean + sign * _NORMAL_95 * stddev) for sign in (-1, 0, 1)])
+        strangest = np.argmax(np.abs(deviations), axis=0)
+        cells = np.arange(len(rows))
+        direction = np.where(np.array(deviations)[strangest, cells] >= 0, "high", "low")
+        low, expected, high = (np.array(bounds)[strangest, i, cells] for i in range(3))
+        texts = {"low": low, "expected": expected, "high": high}
+        return {"direction": pa.array(direction)} | {name: _number_text(at, feature) for name, at in texts.items()}
+
+    def _describe_category(self, j: int, feature: Any, rows: np.ndarray) -> dict[str, pa.Array]:
+        names = pa.array(feature.class_names, pa.string())
+        nothing = pa.nulls(len(rows), pa.string())
+        if feature.num_classes > 1:
+            expected = names.take(pa.array(self.expectation["classes"][rows, self._places[j]]))
+        elif feature.levels:
+            expected = names.take(pa.array(np.full(len(rows), len(names) - 1)))
+        else:
+            expected = nothing
+        unseen = self.encoded.codes[feature.name][rows] == 0
+        direction = pa.array(np.where(unseen, "unseen", "rare"))
+        return {"direction": direction, "expected": expected, "low": nothing, "high": nothing}
+
+    def _describe_time(self, j: int, feature: TimestampFeature, rows: np.ndarray) -> dict[str, pa.Array]:
+        words = []
+        for place, part in enumerate(feature.parts, self._places[j]):
+            angle = np.arctan2(self.expectation["sine"][rows, place], self.expectation["cosine"][rows, place])
+            turn = angle / (2 * np.pi) % 1
+            if part == "hour":
+                minutes = np.round(turn * 1440).astype(int) % 1440
+                clock = np.datetime64("1970-01-01T00:00", "m") + minutes
+                words.append(pc.strftime(pa.array(clock.astype("datetime64[s]")), format="%H:%M"))
+            else:
+                names = _WEEKDAYS if part == "weekday" else _MONTHS
+                words.append(names.take(pa.array(np.round(turn * len(names)).astype(int) % len(names))))
+        nothing = pa.nulls(len(rows), pa.string())
+        expected = pc.binary_join_element_wise(*words, " ")
+        unusual = pa.array(np.full(len(rows), "unusual"))
+        return {"direction": unusual, "expected": expected, "low": nothing, "high": nothing}
 
 
 def _number_text(values: np.ndarray, feature: NumericFeature) -> pa.Array:
@@ -138,42 +187,3 @@ def _number_text(values: np.ndarray, feature: NumericFeature) -> pa.Array:
     power = 10.0 ** np.abs(np.where(usual, decimals, 0))
     rounded = np.where(decimals > 0, np.round(values * power) / power, np.round(values / power) * power)
     return pa.array(np.where(usual, rounded, values)).cast(pa.string())
-
-
-def _describe_category(column, rows, feature, encoded, expectation, number_stddev, schema, views):  # type: ignore[no-untyped-def]
-    unseen = encoded.codes[feature.name][rows] == 0
-    nothing = pa.nulls(len(rows), pa.string())
-    names = pa.array(feature.class_names, pa.string())
-    if feature.num_classes > 1:
-        expected = names.take(pa.array(expectation["classes"][rows, schema.learned_categories.index(feature)]))
-    else:
-        expected = names.take(pa.array(np.full(len(rows), len(names) - 1)))
-    if not feature.levels:
-        expected = nothing
-    direction = pa.array(np.where(unseen, "unseen", "rare"))
-    return {"direction": direction, "expected": expected, "low": nothing, "high": nothing}
-
-
-def _describe_time(column, rows, feature, encoded, expectation, number_stddev, schema, views):  # type: ignore[no-untyped-def]
-    start = 0
-    for other in schema.timestamps:
-        if other is feature:
-            break
-        start += len(other.parts)
-    words = []
-    for i, part in enumerate(feature.parts):
-        angle = np.arctan2(expectation["sine"][rows, start + i], expectation["cosine"][rows, start + i])
-        turn = angle / (2 * np.pi) % 1
-        if part == "hour":
-            minutes = np.round(turn * 1440).astype(int) % 1440
-            clock = np.datetime64("1970-01-01T00:00", "m") + minutes
-            words.append(pc.strftime(pa.array(clock.astype("datetime64[s]")), format="%H:%M"))
-        else:
-            names = _WEEKDAYS if part == "weekday" else _MONTHS
-            words.append(names.take(pa.array(np.round(turn * len(names)).astype(int) % len(names))))
-    nothing = pa.nulls(len(rows), pa.string())
-    expected = pc.binary_join_element_wise(*words, " ")
-    return {"direction": pa.array(np.full(len(rows), "unusual")), "expected": expected, "low": nothing, "high": nothing}
-
-
-_DESCRIBE = {NumericFeature: _describe_number, TimestampFeature: _describe_time, CategoricalFeature: _describe_category}

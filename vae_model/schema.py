@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from scipy.special import ndtri
 
 from vae_model.statistics import (
-    MAX_LEVELS,
     CategoricalStatistics,
     ColumnStatistics,
     NumericStatistics,
@@ -441,6 +440,11 @@ def _reason_to_carry(column: ColumnStatistics) -> str | None:
         distinct, length = column.num_distinct, column.num_characters / present
         if distinct > 0.5 * present:
             return f"nearly every row has its own value (about {distinct:,.0f} in {present:,})"
+        known = sum(count for _, count in column.most_frequent())
+        if known < 0.5 * present:  # the sketch keeps the frequent ones only
+            return (
+                f"too many values to know by name (about {distinct:,.0f}, the frequent ones in {known / present:.0%})"
+            )
         if length > 64 and distinct > 0.1 * present:
             return f"free text ({length:.0f} characters on average)"
     return None
@@ -498,13 +502,14 @@ def _vocabulary(base: dict[str, Any], ranked: list[tuple[str, int]]) -> dict[str
     own = min(sum(count >= MIN_CLASS_ROWS for count in counts), MAX_CLASSES - 1)
     present = base["num_rows"] - base["num_missing"]
     once = sum(count == 1 for count in counts)
-    beyond = present - sum(counts) if len(levels) >= MAX_LEVELS else 0
+    least = 1 / (present + 2)
+    beyond = present - sum(counts)  # rows of levels that the sketch no longer knows by name
     return {
         **base,
         "levels": tuple(levels),
         "counts": tuple(counts),
         "num_classes": len(levels) if len(levels) <= own + 1 else own + 1,
-        "unseen": float(np.clip(max(once, beyond) / max(present, 1), 1 / (present + 2), 0.5)) if levels else 1.0,
+        "unseen": float(np.clip(max(once, beyond) / max(present, 1), least, 1 - least)) if levels else 1.0,
     }
 
 

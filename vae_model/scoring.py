@@ -13,7 +13,8 @@ from keras import ops
 from vae_model.losses import kl_to_standard_normal
 from vae_model.model import Networks
 
-BATCH_ROWS = 8192
+MAX_BATCH_ROWS = 8192
+_BATCH_CELLS = 1 << 23  # of the widest tensors: 32 MiB each
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,33 @@ class ElboScorer:
 
     def score(self, inputs: dict[str, np.ndarray]) -> Scores:
         """Scores encoded rows, see `EncodedTable.inputs`."""
-        column_nll, kl = _in_batches(self._elbo_terms, inputs)
+        column_nll, kl = _in_batches(self._elbo_terms, inputs, self._batch_rows)
         return Scores(column_nll, kl)
 
     def latents(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """`z_mean` and `z_log_var (n, latent_dim)` of encoded rows."""
-        z_mean, z_log_var = _in_batches(self._latents, inputs)
+        z_mean, z_log_var = _in_batches(self._latents, inputs, self._batch_rows)
         return z_mean, z_log_var
 
     def expect(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the decoder expects of encoded rows, at `z = z_mean`: the likelihoods' parameters by head.
 
-        `classes (n, learned categories)` and `class_probability` are the likeliest ones.
+        `classes (n, learned categories)` are the likeliest ones.
         """
-        parts = _in_batches(self._heads, inputs)
+        parts = _in_batches(self._heads, inputs, self._batch_rows)
         return dict(zip(sorted(self._head_names()), parts, strict=True))
 
     @property
     def number_stddev(self) -> np.ndarray:
         """`(views * numeric,)` standard deviation of each encoded number."""
         return np.exp(0.5 * np.asarray(self._networks.likelihood.number_log_var()))
+
+    @cached_property
+    def _batch_rows(self) -> int:
+        """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
+        likelihood = self._networks.likelihood
+        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features)
+        return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
     # One graph for every batch size, traced on first use.
 
@@ -101,7 +109,7 @@ class ElboScorer:
 
     def _head_names(self) -> list[str]:
         heads = [name for name in self._networks.likelihood.heads if name != "logits"]
-        return heads + (["class_probability", "classes"] if "logits" in self._networks.likelihood.heads else [])
+        return heads + (["classes"] if "logits" in self._networks.likelihood.heads else [])
 
     def _heads_eagerly(self, inputs: dict[str, Any]) -> list[Any]:
         z_mean, _ = self._networks.encoder(inputs, training=False)
@@ -111,17 +119,15 @@ class ElboScorer:
             groups = likelihood.category_log_softmax(heads.pop("logits"))
             order = np.argsort([member for members, _ in groups for member in members])
             classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
-            largest = ops.concatenate([ops.max(block, axis=-1) for _, block in groups], axis=-1)
             heads["classes"] = ops.take(classes, order, axis=1)
-            heads["class_probability"] = ops.exp(ops.take(largest, order, axis=1))
         return [heads[name] for name in sorted(heads)]
 
 
-def _in_batches(function: Any, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _in_batches(function: Any, inputs: dict[str, np.ndarray], max_rows: int) -> list[np.ndarray]:
     n = len(inputs["present"])
     batches = []
-    for start in range(0, max(n, 1), BATCH_ROWS):
-        batch = {name: tf.convert_to_tensor(values[start : start + BATCH_ROWS]) for name, values in inputs.items()}
+    for start in range(0, max(n, 1), max_rows):
+        batch = {name: tf.convert_to_tensor(values[start : start + max_rows]) for name, values in inputs.items()}
         batches.append([part.numpy() for part in function(batch)])
     return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*batches, strict=True)]
 

@@ -122,7 +122,8 @@ def decode(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def cast_cells(column: pa.ChunkedArray, wanted: pa.DataType) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Casts a column; a cell that has no such value becomes null and its row number is returned.
 
-    Text is read as the number, time or truth value that it spells. What becomes of a cell does not
+    Text is read as the number, time or truth value that it spells; NA, null and their like, which say
+    that there is none, are null. What becomes of a cell does not
     depend on its neighbours.
 
     Returns:
@@ -136,7 +137,8 @@ def cast_cells(column: pa.ChunkedArray, wanted: pa.DataType) -> tuple[pa.Chunked
     column = decode(column)
     if pa.types.is_floating(column.type) and not pa.types.is_floating(wanted):
         column = pc.if_else(pc.is_nan(column), None, column)
-    if is_text(column.type):
+    if is_text(column.type) and not is_text(wanted):
+        column = pc.if_else(pc.match_substring_regex(column, _MISSING_TEXT), None, column)
         after = _read_text(column, wanted)
     elif pa.types.is_floating(column.type) and pa.types.is_integer(wanted):
         after = _cast_each(pc.if_else(pc.equal(column, pc.floor(column)), column, None), wanted)
@@ -186,6 +188,7 @@ def _fineness(kind: pa.DataType) -> int:
     return ("s", "ms", "us", "ns").index(kind.unit) if hasattr(kind, "unit") else -1  # dates have none
 
 
+_MISSING_TEXT = r"(?i)^\s*(na|n/a|#n/a|null|none)?\s*$"  # as R, pandas, SQL and spreadsheets write it
 _NUMBER_TEXT = r"(?i)^[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)$"
 _WHOLE_TEXT = r"^[+-]?\d+(\.0*)?$"
 
@@ -271,6 +274,16 @@ def from_frame(frame: pd.DataFrame) -> pa.Table:
             text = series.astype(object).map(str, na_action="ignore")
             columns[name] = pa.array(text, pa.string(), from_pandas=True)
     return pa.table(columns)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """The table with `string_view` and `binary_view` columns as `string` and `binary`: Arrow cannot filter views."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    for place, column in enumerate(table.schema):
+        if column.type in plain:
+            cast = table.column(place).cast(plain[column.type])
+            table = table.set_column(place, column.with_type(plain[column.type]), cast)
+    return table
 
 
 # ---- reading in blocks -------------------------------------------------------------------------
@@ -360,7 +373,7 @@ class ParquetTables:
         system, path = self._files[block.source]
         names = self.schema.names if columns is None else list(columns)
         try:
-            with system.open_input_file(path) as handle, pq.ParquetFile(handle) as file:
+            with system.open_input_file(path) as handle, pq.ParquetFile(handle, pre_buffer=False) as file:
                 table = file.read_row_group(block.row_group, columns=names)
         except (pa.ArrowInvalid, OSError) as error:
             raise RecordError(f"{path}: row group {block.row_group} cannot be read ({error})") from error

@@ -1,0 +1,39 @@
+"""Dead letters on their way out of a step: counted, logged and tagged."""
+
+from __future__ import annotations
+
+import logging
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "BeamVAE"
+KIND_PREFIX = "dead_letters_"  # of the counters by kind of error
+
+
+class Letters:
+    """Of one step. A letter of unknown `num_records` counts as one record, and as an unreadable file."""
+
+    def __init__(self) -> None:
+        self._num_dead_letters = Metrics.counter(NAMESPACE, "num_dead_letters")
+        self._num_unreadable_files = Metrics.counter(NAMESPACE, "num_unreadable_files")
+        self._told: set[tuple[str, str]] = set()
+
+    def send(self, letters: pa.Table) -> beam.pvalue.TaggedOutput:
+        """The letters (`DEAD_LETTER_SCHEMA`) as the step's output "dead_letters"."""
+        counted = letters.select(["column", "error_type", "num_records"])
+        counted = counted.set_column(2, "num_records", letters["num_records"].fill_null(1))
+        kinds = counted.group_by(["column", "error_type"]).aggregate([("num_records", "sum")])
+        for kind in kinds.to_pylist():
+            count = kind["num_records_sum"]
+            self._num_dead_letters.inc(count)
+            Metrics.counter(NAMESPACE, f"{KIND_PREFIX}{kind['error_type']}").inc(count)
+            place = kind["column"] or "record", kind["error_type"]
+            if place not in self._told:  # once: a stream of bad records must not flood the log, nor be shown in it
+                self._told.add(place)
+                logger.warning("dead letters: %s: %s (told once per worker)", *place)
+        self._num_unreadable_files.inc(letters["num_records"].null_count)
+        return beam.pvalue.TaggedOutput("dead_letters", letters)
