@@ -335,3 +335,15 @@ def test_scores_are_finite_for_every_finite_input(bundle, rows):
     scored = bundle.score(table, reasons=3)
     assert np.isfinite(scored.column("anomaly_score").to_numpy()).all()
     assert np.isfinite(bundle.terms(table).to_numpy()).all()
+
+
+def test_beyond_the_clip_a_wild_cell_changes_no_other_columns_nll(bundle, mixed_table):
+    def terms(value: float):
+        lengths = mixed_table["length"].slice(0, 20).to_numpy().copy()
+        lengths[:] = value
+        return bundle.terms(mixed_table.slice(0, 20).set_column(0, "length", pa.array(lengths)))
+
+    far, farther = terms(1e6), terms(1e9)
+    others = [name for name in far.columns if name != "length"]
+    np.testing.assert_allclose(far[others], farther[others], rtol=1e-4, atol=1e-4)
+    assert (farther["length"] > far["length"]).all()

@@ -58,6 +58,8 @@ class VAEConfig(_Config):
         min_stddev: Floor of the learned standard deviations, in encoded units.
         background: Share of a broad background density mixed into every value's likelihood, so
             that no single cell can outweigh the rest of the row.
+        input_clip: Largest size of an encoded number that the encoder is shown: a wild cell must not
+            change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
             are drawn in antithetic pairs.
     """
@@ -69,6 +71,7 @@ class VAEConfig(_Config):
     views: tuple[str, ...] = ("standard", "quantile")
     min_stddev: float = 0.03
     background: float = 1e-4
+    input_clip: float = 5.0
     num_samples: int = 4
 
     def __post_init__(self) -> None:
@@ -83,7 +86,9 @@ class VAEConfig(_Config):
         _require("embedding_dim", self.embedding_dim, _is_whole(self.embedding_dim), _COUNT)
         _require("num_samples", self.num_samples, _is_whole(self.num_samples), _COUNT)
         _require("beta", self.beta, _is_number(self.beta) and self.beta >= 0, "a number >= 0")
-        _require("min_stddev", self.min_stddev, _is_number(self.min_stddev) and self.min_stddev > 0, "a number > 0")
+        for name in ("min_stddev", "input_clip"):
+            value = getattr(self, name)
+            _require(name, value, _is_number(value) and value > 0, "a number > 0")
         _require("background", self.background, _is_share(self.background), _SHARE)
 
 

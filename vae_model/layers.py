@@ -113,7 +113,7 @@ class EncoderInputs(keras.layers.Layer):
         embedding_dim: int,
         nullable: Sequence[int],
         angle_features: Sequence[int],
-        clip: float = 20.0,
+        clip: float = 5.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

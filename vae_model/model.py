@@ -85,6 +85,7 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
         embedding_dim=config.embedding_dim,
         nullable=spec.nullable,
         angle_features=spec.angle_features,
+        clip=config.input_clip,
         name="encoder_inputs",
     )
     hidden = vector = as_vector(inputs)
