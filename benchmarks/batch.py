@@ -297,7 +297,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 1_000_000], help="Two sizes.")
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"), help="For tables and models.")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/scratch"), help="For tables and models.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Contenders whose name contains one of these.")
     parser.add_argument("--repeats", type=int, default=3, help="Runs of each; the fastest counts.")
     parser.add_argument("--out", type=Path, help="CSV file for every run.")

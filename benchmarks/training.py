@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--mib", type=int, default=500)
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/scratch"))
     args = parser.parse_args()
     if args.what == "one":
         _one(args.path)
