@@ -20,7 +20,6 @@ from pipeline.options import add_arguments, check
 from pipeline.sinks import WriteDeadLetters, WriteTables
 from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
 from pipeline.transforms import ScoreTables
-from vae_model.bundle import load_bundle
 from vae_model.schema import TableSchema, column_kind
 
 
@@ -84,19 +83,20 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     input_format = format_of(options.input, options.input_format)
     input_files = match_files(options.input, input_format)
     _refuse_old_output(options, input_files)
-    bundle = load_bundle(options.bundle)
-    found = launch_schema(options.input, input_format)
     columns = options.columns if options.id_columns is None else options.id_columns
     score = ScoreTables(options.bundle, options.reasons, options.threshold, options.score_prefix, columns)
-    # Text says nothing of types: features are read as in training, numbers wide enough for strange ones.
-    typed = found if input_format == "parquet" else _with_types(found, bundle.schema)
+    schema = score.loaded.schema
+    typed = launch_schema(options.input, input_format)
+    if input_format != "parquet":
+        # Text says nothing of types: features are read as in training, numbers wide enough for strange ones.
+        typed = _with_types(typed, schema)
     output_schema = score.output_schema(typed)
     output_format = options.output_format or (
         format_of(options.output) if split_suffix(options.output)[1] else input_format
     )
 
     # All columns, also those that are not written: a dead letter carries its whole record.
-    required = tuple(bundle.schema.names)
+    required = tuple(schema.names)
     read = pipeline | "ReadTables" >> ReadTables(options.input, typed, input_format, required=required)
     scored = read.tables | "ScoreTables" >> score
     scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
@@ -142,8 +142,9 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
             text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
             raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
         raise
-    # Only now that the new files are whole: shards of an earlier run that they did not replace.
-    if stale := [path for path, written in _output_files(options).items() if old.get(path) == written]:
+    # Only now that the new files are whole: shards of an earlier run that they did not replace. A store that
+    # does not tell when a file was written (0) keeps them.
+    if stale := [path for path, written in _output_files(options).items() if written and old.get(path) == written]:
         FileSystems.delete(stale)
     return summarize(result, time.perf_counter() - start, options)
 

@@ -48,7 +48,8 @@ class ScoreTables(beam.PTransform):
     columns: Sequence[str] | None = None
 
     @cached_property
-    def _bundle(self) -> Bundle:
+    def loaded(self) -> Bundle:
+        """The bundle as it is when the pipeline is built, read once."""
         return load_bundle(self.bundle)
 
     def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
@@ -58,7 +59,7 @@ class ScoreTables(beam.PTransform):
             ValueError: The bundle cannot score such tables, a kept column is not there, or a score
                 column has the name of an input column.
         """
-        problem = self._bundle.schema.refuse(input_schema)
+        problem = self.loaded.schema.refuse(input_schema)
         if problem:
             raise ValueError(f"{self.bundle}: the input does not fit the model: {problem}")
         kept = input_schema.names if self.columns is None else list(self.columns)
@@ -73,7 +74,7 @@ class ScoreTables(beam.PTransform):
     def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
         do_fn = VAEScoreDoFn(
             absolute(self.bundle),  # workers may run elsewhere
-            self._bundle.model_version,
+            self.loaded.model_version,
             reasons=self.reasons,
             threshold=self.threshold,
             prefix=self.prefix,
