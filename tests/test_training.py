@@ -15,7 +15,7 @@ from vae_model.model import Networks, build_vae
 from vae_model.schema import TableSchema, choose_kinds, infer_schema
 from vae_model.scoring import ElboScorer, draw_noise
 from vae_model.statistics import TableStatistics
-from vae_model.training import TrainedModel, TrainingError, _batches, default_steps, train
+from vae_model.training import TrainedModel, TrainingError, _executions, default_steps, train
 
 CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, num_samples=2)
 NUM_TRAIN = 1000
@@ -87,10 +87,9 @@ def evaluate(
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The model's own loss of one batch, and its outputs for the same draws of z."""
     networks.vae.get_layer("kl").weight.assign(beta)
-    state = networks.vae.get_layer("sampling").seed_generator.state
-    state.assign(np.array([seed, 0], np.uint32))
+    noise = np.random.default_rng(seed).standard_normal((len(inputs["present"]), networks.encoder.outputs[0].shape[-1]))
+    inputs = inputs | {"noise": noise.astype(np.float32)}
     outputs = {name: np.asarray(value, np.float64) for name, value in networks.vae(inputs).items()}
-    state.assign(np.array([seed, 0], np.uint32))
     losses = networks.vae.evaluate(inputs, batch_size=len(inputs["present"]), verbose=0, return_dict=True)
     return losses["loss"], outputs
 
@@ -219,7 +218,7 @@ def test_the_default_number_of_steps_follows_the_rows():
 
 
 def test_kl_per_latent_sums_to_the_validation_kl(trained, validation):
-    outputs = {name: np.asarray(value) for name, value in trained.networks.vae(validation).items()}
+    outputs = {name: np.asarray(value) for name, value in evaluate(trained.networks, validation, 1.0)[1].items()}
     assert len(trained.summary["kl_per_latent"]) == 2
     assert sum(trained.summary["kl_per_latent"]) == pytest.approx(kl_of(outputs).mean(), abs=1e-3)
 
@@ -278,7 +277,7 @@ def test_the_same_seed_gives_the_same_model_in_another_process(table, version, t
 
 
 def test_batches_carry_rows_over_and_show_each_once_a_pass(schema, inputs):
-    # Blocks of 50 rows into batches of 70; each row carries its number.
+    # Blocks of 50 rows into two batches of 35 at a time; each row carries its number.
     def shuffled(rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
         order = rng.permutation(350)
         for start in range(0, 350, 50):
@@ -287,9 +286,9 @@ def test_batches_carry_rows_over_and_show_each_once_a_pass(schema, inputs):
             block["fixed_nll"][:, 0] = rows
             yield block
 
-    batches = _batches(shuffled, 350, 70, 0, build_vae(schema, CONFIG), first=0)
-    seen = [batch["fixed_nll"][:, 0].numpy() for batch in batches.take(15)]
-    assert {len(rows) for rows in seen} == {70}
+    executions = _executions(shuffled, 350, 2, 35, 0, build_vae(schema, CONFIG), first=0)
+    seen = [batches["fixed_nll"][..., 0].numpy() for batches in executions.take(15)]
+    assert {rows.shape for rows in seen} == {(2, 35)}
     passes = np.concatenate(seen).reshape(3, 350)
     np.testing.assert_array_equal(np.sort(passes, axis=1), np.tile(np.arange(350), (3, 1)))
     assert (passes[0] != passes[1]).any()

@@ -59,39 +59,24 @@ class KLDivergence(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="vae_model")
 class Sampling(keras.layers.Layer):
-    """z = z_mean + exp(z_log_var / 2) * eps, eps ~ N(0, I): the reparameterisation trick.
+    """z = z_mean + exp(z_log_var / 2) * noise: the reparameterisation trick (Kingma and Welling, 2014).
 
-    It draws in evaluation too: a loss at z = z_mean is no ELBO.
-
-    Args:
-        seed: Of the draws.
+    Noise is an input, so that a step is a function of what it is given, to be repeated and resumed; and it is
+    used in evaluation too: a loss at z = z_mean is no ELBO.
 
     Call arguments:
-        inputs: `(z_mean, z_log_var)`, each `(batch, latent_dim)`.
+        inputs: `(z_mean, z_log_var, noise)`, each `(batch, latent_dim)`; noise is standard normal.
     """
 
-    def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, inputs: Any) -> Any:
-        mean, log_var = (ops.cast(x, "float32") for x in inputs)
-        noise = keras.random.normal(ops.shape(mean), dtype="float32", seed=self.seed_generator)
+        mean, log_var, noise = (ops.cast(x, "float32") for x in inputs)
         return ops.cast(mean + ops.exp(0.5 * log_var) * noise, self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape[0]
-
-    # Keras leaves the generator's state out of saved weights; without it a resumed run draws anew.
-    def save_own_variables(self, store: Any) -> None:
-        store["seed_state"] = np.asarray(self.seed_generator.state)
-
-    def load_own_variables(self, store: Any) -> None:
-        self.seed_generator.state.assign(np.asarray(store["seed_state"]))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable(package="vae_model")
@@ -224,10 +209,16 @@ class ColumnNLL(keras.layers.Layer):
         if self.spec.stddev_floors:
             shape = (len(self.spec.stddev_floors),)
             self.log_var = self.add_weight(name="log_var", shape=shape, initializer="zeros", **float32)
+        # Classes that only fill up a group have no chance; added to the bias, that costs nothing.
+        impossible = np.zeros(width, np.float32)
+        if self.groups:
+            end = width - len(self.spec.nullable)
+            impossible[end - self.heads["logits"] : end] = np.where(self._class_shares > 0, 0, -1e9)
+        self._impossible = impossible
 
     def decode(self, hidden: Any) -> dict[str, Any]:
         """The parameters of every likelihood, by head, float32."""
-        out = ops.matmul(ops.cast(hidden, "float32"), self.kernel) + self.bias
+        out = ops.matmul(ops.cast(hidden, "float32"), self.kernel) + (self.bias + self._impossible)
         heads, start = {}, 0
         for name, width in self.heads.items():
             heads[name] = out[:, start : start + width]
@@ -239,22 +230,24 @@ class ColumnNLL(keras.layers.Layer):
         floors = np.square(np.array(self.spec.stddev_floors, np.float32))
         return ops.log(floors + ops.exp(self.log_var))
 
-    def category_log_softmax(self, logits: Any) -> list[tuple[list[int], Any]]:
-        """Log probabilities `(batch, members, size)` of the classes of each group of columns."""
+    def category_logits(self, logits: Any) -> list[tuple[list[int], Any]]:
+        """Logits `(batch, members, size)` of the classes of each group of columns."""
         groups, start = [], 0
         for size, members in self.groups:
-            block = ops.reshape(logits[:, start : start + size * len(members)], (-1, len(members), size))
-            start += size * len(members)
-            block = ops.where(self._shares(size, members) > 0, block, -1e9)
-            groups.append((members, ops.log_softmax(block, axis=-1)))
+            end = start + size * len(members)
+            groups.append((members, ops.reshape(logits[:, start:end], (-1, len(members), size))))
+            start = end
         return groups
 
-    def _shares(self, size: int, members: list[int]) -> np.ndarray:
-        shares = np.zeros((len(members), size), np.float32)
-        for row, member in enumerate(members):
-            probabilities = self.spec.class_probabilities[member]
-            shares[row, : len(probabilities)] = probabilities
-        return shares
+    @property
+    def _class_shares(self) -> np.ndarray:
+        """Share of each class in training, group by group; 0 for those that only fill up."""
+        shares = []
+        for size, members in self.groups:
+            for member in members:
+                probabilities = self.spec.class_probabilities[member]
+                shares.append(np.pad(np.array(probabilities, np.float32), (0, size - len(probabilities))))
+        return np.concatenate(shares)
 
     def call(self, hidden: Any, inputs: dict[str, Any]) -> Any:
         spec = self.spec
@@ -287,16 +280,18 @@ class ColumnNLL(keras.layers.Layer):
 
     def _category_nll(self, logits: Any, categories: Any) -> Any:
         """-log[(1 - b) softmax + b * class share] of each class; 0 for unseen ones, whose mass is fixed."""
-        columns, order = [], []
-        for members, log_softmax in self.category_log_softmax(logits):
+        background = self.spec.background
+        columns, order, start = [], [], 0
+        for members, block in self.category_logits(logits):
+            size = block.shape[-1]
             ids = ops.take(categories, members, axis=1)
-            size = log_softmax.shape[-1]
-            chosen = ops.one_hot(ops.maximum(ids - 1, 0), size, dtype="float32")
-            log_share = ops.log(ops.sum(self._shares(size, members) * chosen, axis=-1))
-            core = math.log1p(-self.spec.background) + ops.sum(log_softmax * chosen, axis=-1)
-            nll = -ops.logaddexp(core, math.log(self.spec.background) + log_share)
-            columns.append(ops.where(ids > 0, nll, 0.0))
+            classes = ops.maximum(ids - 1, 0)
+            chosen = ops.take_along_axis(block, ops.expand_dims(classes, -1), axis=-1)[..., 0]
+            share = ops.take(self._class_shares, classes + (start + np.arange(len(members)) * size).astype(np.int32))
+            core = (1 - background) * ops.exp(chosen - ops.logsumexp(block, axis=-1))
+            columns.append(ops.where(ids > 0, -ops.log(core + background * share), 0.0))
             order += members
+            start += size * len(members)
         return ops.take(ops.concatenate(columns, axis=-1), np.argsort(order), axis=1)
 
     def compute_output_shape(self, hidden_shape: Any, inputs_shape: Any) -> Any:

@@ -33,9 +33,9 @@ def robust_gaussian_nll(x: Any, mean: Any, log_var: Any, background: float) -> A
     The background is a proper density that no latent moves: it bounds what one wild value can cost
     (Hampel's contamination model; Tukey 1960), and so what it can hide.
     """
-    core = math.log1p(-background) - gaussian_nll(x, mean, log_var)
-    tail = math.log(background / math.pi) - ops.log1p(ops.square(x))
-    return -ops.logaddexp(core, tail)
+    core = ops.exp(math.log1p(-background) - gaussian_nll(x, mean, log_var))
+    # Far out the core vanishes and the tail must not: float32 holds it up to |x| = 1e15.
+    return -ops.log(core + background / math.pi / (1 + ops.minimum(ops.square(x), 1e30)))
 
 
 def log_bessel_i0(kappa: Any) -> Any:

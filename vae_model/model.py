@@ -27,7 +27,8 @@ LOG_VAR_RANGE = (-10.0, 4.0)  # of q(z|x): without bounds, wide sparse tables en
 class VAE(keras.Model):
     """A functional model whose loss is the batch's mean negative ELBO: mean of Σ column_nll, plus the KL layer's term.
 
-    Outputs: `column_nll (batch, features)`, `z_mean` and `z_log_var (batch, latent_dim)`.
+    Inputs: those of `EncodedTable`, and `noise (batch, latent_dim)`, standard normal. Outputs: `column_nll
+    (batch, features)`, `z_mean` and `z_log_var (batch, latent_dim)`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,9 +108,10 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
 
     likelihood = ColumnNLL(spec, name="likelihood")
     z_mean, z_log_var = KLDivergence(config.beta, name="kl")([z_mean, z_log_var])
-    z = Sampling(seed, name="sampling")([z_mean, z_log_var])
+    noise = keras.Input((latent_dim,), name="noise")
+    z = Sampling(name="sampling")([z_mean, z_log_var, noise])
     outputs = {"column_nll": likelihood(decoder(z), inputs), "z_mean": z_mean, "z_log_var": z_log_var}
-    return Networks(VAE(inputs, outputs, name="vae"), encoder, decoder, likelihood)
+    return Networks(VAE({**inputs, "noise": noise}, outputs, name="vae"), encoder, decoder, likelihood)
 
 
 def _inputs(schema: TableSchema, config: VAEConfig) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class ElboScorer:
             tensor.name: tf.TensorSpec((None, tensor.shape[-1]), tensor.dtype)
             for tensor in self._networks.encoder.inputs
         }
-        return tf.function(function, input_signature=[signature]).get_concrete_function()
+        return tf.function(function, input_signature=[signature], autograph=False).get_concrete_function()
 
     def _elbo_terms_eagerly(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
         networks = self._networks
@@ -116,7 +116,7 @@ class ElboScorer:
         likelihood = self._networks.likelihood
         heads = likelihood.decode(self._networks.decoder(z_mean, training=False))
         if "logits" in heads:
-            groups = likelihood.category_log_softmax(heads.pop("logits"))
+            groups = likelihood.category_logits(heads.pop("logits"))
             order = np.argsort([member for members, _ in groups for member in members])
             classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
             heads["classes"] = ops.take(classes, order, axis=1)

@@ -82,35 +82,35 @@ def train(
     networks = build_vae(schema, config, seed=training.seed)
     max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
     batch_size = min(training.batch_size, num_rows)
-    # About 25 validations; Keras runs whole executions of several steps, and so would run over.
-    steps_per_execution = min(10, max(1, max_steps // 25))
-    steps_per_validation = max_steps // 25 // steps_per_execution * steps_per_execution or 1
-    num_validations = max_steps // steps_per_validation
-    max_steps = num_validations * steps_per_validation
+    # About 25 validations, each after whole executions of several steps.
+    steps_per_execution = min(50, max(1, max_steps // 25))
+    executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
+    max_steps -= max_steps % (steps_per_execution * executions_per_validation)
     schedule = keras.optimizers.schedules.CosineDecay(training.learning_rate, max_steps, alpha=0.02)
-    networks.vae.compile(
-        optimizer=keras.optimizers.Adam(schedule, global_clipnorm=10.0),
-        steps_per_execution=steps_per_execution,
-        jit_compile=False,
-    )
-    warmup_steps = int(training.kl_warmup * max_steps)
-    watch = _Watch(networks, config.beta, warmup_steps, training.patience, max_steps, on_progress)
+    networks.vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
+    watch = _Watch(networks, config.beta, int(training.kl_warmup * max_steps), training.patience, max_steps)
     identity = {"schema": schema.to_json(), "config": config.to_json(), "training": training.to_json()}
-    watch.checkpoint = Checkpoint(checkpoint, identity | {"num_rows": num_rows}) if checkpoint else None
-    if resume and watch.checkpoint:
-        watch.load(watch.checkpoint)
-    batches = _batches(shuffled, num_rows, batch_size, training.seed, networks, first=watch.step)
-    held_out = tf.data.Dataset.from_tensor_slices(validation).batch(4096)
-    networks.vae.fit(
-        batches,
-        epochs=num_validations if watch.goes_on else 0,
-        initial_epoch=len(watch.history),
-        steps_per_epoch=steps_per_validation,
-        validation_data=held_out,
-        callbacks=[watch],
-        shuffle=False,  # the batches are shuffled already
-        verbose=0,
-    )
+    state = Checkpoint(checkpoint, identity | {"num_rows": num_rows}) if checkpoint else None
+    if resume and state:
+        watch.load(state)
+    rows = _executions(shuffled, num_rows, steps_per_execution, batch_size, training.seed, networks, first=watch.step)
+    executions = iter(rows)
+    advance = _compile_steps(networks.vae, networks.vae.get_layer("kl").weight)
+    # The same noise every time: validations differ by their weights alone.
+    noise = _noise(len(validation["present"]), networks, [training.seed])
+    held_out = tf.data.Dataset.from_tensor_slices(validation | {"noise": noise}).batch(4096)
+    while watch.goes_on:
+        networks.vae.reset_metrics()
+        for _ in range(executions_per_validation):
+            advance(next(executions), watch.betas(steps_per_execution))
+            losses = {name: float(value) for name, value in networks.vae.get_metrics_result().items()}
+            watch.see(losses)
+            if on_progress:
+                on_progress(watch.step, max_steps, losses)
+        found = networks.vae.evaluate(held_out, verbose=0, return_dict=True)
+        watch.validated(losses | {f"val_{name}": float(value) for name, value in found.items()})
+        if state:
+            state.save(*watch.state())
     watch.restore()
     latent_dim = networks.encoder.outputs[0].shape[-1]
     scorer = ElboScorer(networks, draw_noise(config.num_samples, latent_dim, training.seed))
@@ -124,91 +124,120 @@ def default_steps(num_rows: int, batch_size: int) -> int:
     return int(np.clip(25 * num_rows / batch_size, 2000, 6000))
 
 
-def _batches(
+def _compile_steps(vae: keras.Model, beta: Any) -> Any:
+    """Keras's own training step, many times in one compiled graph: it is far from the cost of each call alone."""
+    step = tf.autograph.experimental.do_not_convert(vae.train_step)
+    vae.optimizer.build(vae.trainable_variables)  # a compiled graph makes no variables
+
+    @tf.function(jit_compile=True)
+    def advance(batches: Any, betas: Any) -> None:
+        for i in tf.range(tf.shape(betas)[0]):
+            beta.assign(betas[i])
+            step({name: values[i] for name, values in batches.items()})
+
+    return advance
+
+
+def _executions(
     shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
     num_rows: int,
+    steps: int,
     batch_size: int,
     seed: int,
     networks: Networks,
     first: int,
 ) -> tf.data.Dataset:
-    """Endless batches of exactly `batch_size` rows, from the `first` on; what a pass leaves over begins the next."""
+    """Endless rows for `steps` batches at a time, `(steps, batch_size, width)`, from the batch `first` on.
 
-    def blocks() -> Iterator[Arrays]:
+    What a pass leaves over begins the next.
+    """
+    size = steps * batch_size
+
+    def slices() -> Iterator[Arrays]:
         done, skip = divmod(first * batch_size, num_rows)
         rest: Arrays | None = None
+        step = first
         for number in itertools.count(done):
             for block in shuffled(np.random.default_rng([seed, number])):  # any pass can be had without those before
-                size = len(block["present"])
+                length = len(block["present"])
                 block = {k: v[skip:] for k, v in block.items()}
-                skip = max(0, skip - size)
+                skip = max(0, skip - length)
                 rows = block if rest is None else {k: np.concatenate([rest[k], v]) for k, v in block.items()}
-                full = len(rows["present"]) // batch_size
-                rest = {k: v[full * batch_size :] for k, v in rows.items()}
-                if full:
-                    yield {k: v[: full * batch_size].reshape(full, batch_size, v.shape[-1]) for k, v in rows.items()}
+                full = len(rows["present"]) // size * size
+                rest = {k: v[full:] for k, v in rows.items()}
+                for start in range(0, full, size):
+                    batches = {k: v[start : start + size] for k, v in rows.items()}
+                    batches["noise"] = _noise(size, networks, [seed, step])
+                    yield {k: v.reshape(steps, batch_size, v.shape[-1]) for k, v in batches.items()}
+                    step += steps
 
     signature = {
-        tensor.name: tf.TensorSpec((None, batch_size, tensor.shape[-1]), tensor.dtype)
-        for tensor in networks.encoder.inputs
+        tensor.name: tf.TensorSpec((steps, batch_size, tensor.shape[-1]), tensor.dtype)
+        for tensor in networks.vae.inputs
     }
-    # A block at a time through Python, its batches sliced in the graph.
-    return tf.data.Dataset.from_generator(blocks, output_signature=signature).unbatch().prefetch(16)
+    return tf.data.Dataset.from_generator(slices, output_signature=signature).prefetch(2)
 
 
-class _Watch(keras.callbacks.Callback):
+def _noise(num_rows: int, networks: Networks, seed: list[int]) -> np.ndarray:
+    """`(num_rows, latent_dim)` standard normal draws."""
+    # A stream of its own, apart from those that shuffle.
+    rng = np.random.default_rng([*seed, 1, 1])
+    return rng.standard_normal((num_rows, networks.encoder.outputs[0].shape[-1]), np.float32)
+
+
+class _Watch:
     """Beta's warm-up, the history, early stopping, the best weights, and an end to a loss that is not finite."""
 
     def __init__(
-        self,
-        networks: Networks,
-        beta: float,
-        warmup_steps: int,
-        patience: int | None,
-        max_steps: int,
-        on_progress: Callable[[int, int, dict[str, float]], None] | None,
+        self, networks: Networks, beta: float, warmup_steps: int, patience: int | None, max_steps: int
     ) -> None:
-        super().__init__()
-        self._beta_weight, self._vae = networks.vae.get_layer("kl").weight, networks.vae
+        self._vae, self._beta_weight = networks.vae, networks.vae.get_layer("kl").weight
         self._beta, self._warmup_steps, self._patience = beta, warmup_steps, patience
-        self._max_steps, self._on_progress = max_steps, on_progress
+        self._max_steps = max_steps
         self.step = 0
-        self.checkpoint: Checkpoint | None = None
         self._best_loss, self._best_step = math.inf, 0
         self._best: list[np.ndarray] | None = None
         self._worse = 0
         self.history: list[dict[str, float]] = []
 
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._warm_up()
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are steps left, and patience allows them."""
+        return self.step < self._max_steps and (self._patience is None or self._worse < self._patience)
 
-    def _warm_up(self) -> None:
-        ramp = min(1.0, self.step / self._warmup_steps) if self._warmup_steps else 1.0
-        self._beta_weight.assign(self._beta * ramp)
+    def betas(self, num_steps: int) -> np.ndarray:
+        """The KL term's weight in each of the next steps."""
+        ramp = (self.step + np.arange(num_steps)) / max(self._warmup_steps, 1)
+        return (self._beta * np.minimum(ramp if self._warmup_steps else 1.0, 1.0) * np.ones(num_steps)).astype(
+            np.float32
+        )
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        # `batch` counts within the epoch and jumps by the steps of one execution.
+    def see(self, losses: dict[str, float]) -> None:
+        """Takes note of steps done.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
         self.step = int(self._vae.optimizer.iterations.numpy())
-        self._warm_up()  # here, so that a validation that follows weighs the KL as the next steps do
-        logs = logs or {}
-        if not math.isfinite(logs.get("loss", 0.0)):
+        self._beta_weight.assign(self.betas(1)[0])  # a validation that follows weighs the KL as the next steps do
+        if not math.isfinite(losses["loss"]):
             raise TrainingError(
-                f"the loss is not finite at step {self.step:,} (reconstruction {logs.get('reconstruction_loss')}, KL "
-                f"{logs.get('kl_loss')} nats); lower learning_rate, or look for columns with extreme values"
+                f"the loss is not finite at step {self.step:,} (reconstruction {losses['reconstruction_loss']}, KL "
+                f"{losses['kl_loss']} nats); lower learning_rate, or look for columns with extreme values"
             )
-        if self._on_progress:
-            self._on_progress(self.step, self._max_steps, logs)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        logs = {key: float(value) for key, value in (logs or {}).items()}
-        self.history.append({"step": self.step, "beta": float(self._beta_weight), **logs})
-        if not math.isfinite(logs["val_loss"]):
-            raise TrainingError(f"the validation loss is not finite at step {self.step:,}: {logs}")
+    def validated(self, losses: dict[str, float]) -> None:
+        """Takes note of a validation.
+
+        Raises:
+            TrainingError: Its loss is not finite.
+        """
+        self.history.append({"step": self.step, "beta": float(self._beta_weight), **losses})
+        if not math.isfinite(losses["val_loss"]):
+            raise TrainingError(f"the validation loss is not finite at step {self.step:,}: {losses}")
         # Under a smaller beta the loss is another one: nothing counts before the warm-up is over.
         if self.step >= self._warmup_steps:
-            self._compare(logs["val_loss"])
-        if self.checkpoint:
-            self.checkpoint.save(*self._state())
+            self._compare(losses["val_loss"])
 
     def _compare(self, loss: float) -> None:
         if loss < self._best_loss:
@@ -216,14 +245,8 @@ class _Watch(keras.callbacks.Callback):
             self._best = [np.asarray(weight) for weight in self._vae.weights]
         else:
             self._worse += 1
-            self._vae.stop_training = not self.goes_on
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether patience allows another step."""
-        return self._patience is None or self._worse < self._patience
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that training depends on: arrays by name, and scalars."""
         arrays = {f"model/{i}": weight for i, weight in enumerate(self._variables())}
         arrays |= {f"best/{i}": weight for i, weight in enumerate(self._best or [])}
@@ -240,7 +263,7 @@ class _Watch(keras.callbacks.Callback):
         optimizer = self._vae.optimizer
         if not optimizer.built:
             optimizer.build(self._vae.trainable_variables)
-        return [*self._vae.weights, *optimizer.variables, self._vae.get_layer("sampling").seed_generator.state]
+        return [*self._vae.weights, *optimizer.variables]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up the state that a checkpoint holds, if there is one."""
