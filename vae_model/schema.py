@@ -120,11 +120,7 @@ class NumericFeature(Feature):
 
     def quantile(self, values: np.ndarray) -> np.ndarray:
         """Standardised normal scores `(n,)` of the values' ranks among the training values."""
-        # Sorted, each value's knot is next to the one before it: several times faster, sorting included.
-        order = np.argsort(values)
-        scores = np.empty(len(values))
-        scores[order] = np.interp(values[order], *self._curve, *self.edge_scores)
-        return scores
+        return _interpolate(values, *self._curve, *self.edge_scores)
 
     def from_standard(self, z: np.ndarray) -> np.ndarray:
         """Values of z-scores, kept within the training values."""
@@ -136,7 +132,15 @@ class NumericFeature(Feature):
     def from_quantile(self, scores: np.ndarray) -> np.ndarray:
         """Values of standardised normal scores, within the training values."""
         knots, knot_scores = self._curve
-        return np.interp(scores, knot_scores, knots)
+        return _interpolate(scores, knot_scores, knots)
+
+
+def _interpolate(x: np.ndarray, *curve: Any) -> np.ndarray:
+    """`np.interp`, several times faster, sorting included: each of sorted values lies next to the one before it."""
+    order = np.argsort(x, axis=None)
+    y = np.empty(x.size)
+    y[order] = np.interp(x.ravel()[order], *curve)
+    return y.reshape(x.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
