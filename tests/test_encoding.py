@@ -98,6 +98,17 @@ def test_a_single_view_is_encoded_alone():
     np.testing.assert_array_equal(encode(TRAINING, SCHEMA, ("quantile",)).inputs["numbers"], both[:, 3:])
 
 
+def test_rows_of_a_long_table_are_encoded_as_alone():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=10_000)
+    x[[5_000, 9_999]] = np.nan  # the first block of rows is complete, later ones are not
+    table = TRAINING.take(pa.array(rng.integers(0, 60, 10_000))).set_column(1, "x", pa.array(x))
+    whole = encode(table, SCHEMA, VIEWS)
+    for start in range(0, 10_000, 500):
+        for name, values in encode(table.slice(start, 500), SCHEMA, VIEWS).inputs.items():
+            np.testing.assert_array_equal(whole.inputs[name][start : start + 500], values, err_msg=name)
+
+
 def test_categories_are_numbered_from_one_by_frequency():
     found = encode(TRAINING, SCHEMA, VIEWS).inputs["categories"][:, 0]
     values = TRAINING.column("c").to_pylist()
@@ -253,6 +264,18 @@ def test_the_type_that_holds_a_value_does_not_matter(name, kind):
         column = column.cast(pa.decimal128(20, 0))
     changed = TRAINING.set_column(TRAINING.schema.get_field_index(name), name, column.cast(kind))
     assert_same(encode(changed, SCHEMA, VIEWS), encode(TRAINING, SCHEMA, VIEWS))
+
+
+@pytest.mark.parametrize("values", [["true", "1", None, "a"], ["x", None, "", "nan"]])
+@pytest.mark.parametrize("name", ["c", "b", "same"])
+def test_text_in_a_dictionary_is_read_as_plain_text(name, values):
+    plain, dictionary = pa.array(values), pa.DictionaryArray.from_arrays([0, 1, 2, 3], values)
+    assert_same(encoded(**{name: plain}), encoded(**{name: dictionary}))
+
+
+def test_dictionaries_of_several_chunks_keep_their_own_levels():
+    chunks = pa.chunked_array([pa.array(part).dictionary_encode() for part in (["b", "a"], [None, "z"], ["a", "c"])])
+    assert_same(encoded(c=chunks), encoded(c=["b", "a", None, "z", "a", "c"]))
 
 
 def test_zoned_times_are_read_by_the_clock_of_the_training_tables_zone():

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from vae_model import TrainingConfig, VAEConfig, fit
-from vae_model.reasons import REASON_TYPE, top_features
+from vae_model.reasons import REASON_TYPE, _number_text, top_features
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,26 @@ def test_expectations_have_four_digits(units, name):
     assert (digits.str.len() <= 4).all()
     values = units[1].column(name).to_numpy()
     assert found["expected"].astype(float).between(values.min(), values.max()).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_are_written_with_four_digits_at_any_scale(units, kind):
+    feature = units[0].schema.numeric[[f.name for f in units[0].schema.numeric].index("plain")]
+    rng = np.random.default_rng(0)
+    values = (rng.choice([-1, 1], 3000) * 10 ** rng.uniform(-6, 12, 3000)).astype(kind)
+    texts = _number_text(values, feature).to_pylist()
+    assert [kind(text) for text in texts] == [kind(f"{value:.3e}") for value in values]
+    edges = np.array([0, 0.99999, 9999.9, -9999.4, 1e8, 99_999_999, 1e-5, 1.2345678e-5, 2.5], kind)
+    assert [kind(text) for text in _number_text(edges, feature).to_pylist()] == [kind(f"{edge:.3e}") for edge in edges]
+    alone = [_number_text(values[i : i + 1], feature)[0].as_py() for i in range(100)]
+    assert alone == texts[:100]
+
+
+def test_whole_numbers_are_written_in_full(units):
+    feature = units[0].schema.numeric[[f.name for f in units[0].schema.numeric].index("huge")]
+    small, large = np.array([0.4, -0.4, -7.6, 2.0**53, 1e15]), np.array([1.2, 2.0**63, 1.8e19])
+    for values in (small, large):
+        assert _number_text(values, feature).to_pylist() == [str(round(value)) for value in values]
 
 
 def test_expectations_beyond_int64_are_whole(units):

@@ -308,6 +308,14 @@ def test_normal_scores_never_fall_as_values_rise(values):
     assert scores[0] < scores[-1]
 
 
+def test_normal_scores_do_not_depend_on_the_order_of_the_values():
+    rng = np.random.default_rng(0)
+    feature = feature_of(rng.normal(size=1000).round(1))
+    values = np.append(rng.normal(size=200).round(1), [-1e308, 1e308])
+    alone = [feature.quantile(values[i : i + 1])[0] for i in range(len(values))]
+    np.testing.assert_array_equal(feature.quantile(values), alone)
+
+
 def test_normal_scores_of_the_training_rows_are_standardised():
     for values in (RNG.lognormal(size=2000), RNG.integers(0, 4, 2000)):
         scores = feature_of(values).quantile(np.asarray(values, np.float64))
@@ -472,6 +480,14 @@ def test_angles_turn_with_the_clock_the_week_and_the_year():
     turns = feature.angles(instants.astype(np.int64)) / (2 * np.pi)
     # Monday midnight in January; Thursday at six in January; Wednesday at six p.m. in December.
     np.testing.assert_allclose(turns, [[0, 0, 0], [1 / 4, 3 / 7, 0], [3 / 4, 2 / 7, 11 / 12]])
+
+
+def test_the_month_is_the_calendars_in_any_year():
+    year = [dt.datetime(2024, 1, 1) + dt.timedelta(hours=5 * i) for i in range(1752)]
+    feature = feature_of(year, pa.timestamp("us"))
+    instants = np.random.default_rng(0).integers(-(10**18), 10**18, 1000)  # 30,000 years either way
+    months = instants.astype("datetime64[us]").astype("datetime64[M]").astype(int) % 12
+    np.testing.assert_allclose(feature.angles(instants)[:, 2], 2 * np.pi * months / 12, rtol=1e-12)
 
 
 def test_the_resolution_of_an_hour_is_that_of_its_times():

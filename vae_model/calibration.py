@@ -101,13 +101,15 @@ class Calibration:
             feature: Position of each cell's feature.
             nll: Each cell's NLL, in nats.
         """
-        p = np.ones(len(nll))
-        for j in np.unique(feature):
-            cells = feature == j
+        p = np.empty(len(nll))
+        shares = np.append(self.column_ranks, self.num_rows + 1) / (self.num_rows + 1)
+        by_feature = np.argsort(feature, kind="stable")
+        starts = np.searchsorted(feature[by_feature], np.arange(self.column_nll.shape[1] + 1))
+        for j in np.flatnonzero(np.diff(starts)):
+            cells = by_feature[starts[j] : starts[j + 1]]
+            cells = cells[np.argsort(-nll[cells])]  # searched in order, each lies next to the one before
             # First stored rank whose NLL is below the cell's: fewer than that many rows reach it.
-            below = np.searchsorted(-self.column_nll[:, j], -nll[cells], side="right")
-            ranks = np.append(self.column_ranks, self.num_rows + 1)
-            p[cells] = ranks[below] / (self.num_rows + 1)
+            p[cells] = shares[np.searchsorted(-self.column_nll[:, j], -nll[cells], side="right")]
         return p
 
     def arrays(self) -> dict[str, np.ndarray]:

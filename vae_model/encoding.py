@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 from vae_model.schema import CategoricalFeature, ConstantFeature, NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import Rejects, as_levels, as_numbers, as_times, cast_cells, example, is_text
 
+_BLOCK_ROWS = 4096  # 32 KiB of float64
+
 
 @dataclass
 class EncodedTable:
@@ -40,7 +42,7 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
     A row is rejected for an infinite number, a cell of the wrong type, or a column that is missing
     or there twice.
     """
-    n, width = table.num_rows, len(schema.features)
+    n, num_features = table.num_rows, len(schema.features)
     rejects = Rejects(n)
     inputs: dict[str, np.ndarray] = {}
     if schema.numeric:
@@ -49,8 +51,11 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
         inputs["angles"] = np.zeros((n, sum(len(f.parts) for f in schema.timestamps)), np.float32)
     if schema.learned_categories:
         inputs["categories"] = np.zeros((n, len(schema.learned_categories)), np.int32)
-    present = inputs["present"] = np.ones((n, width), np.float32)
-    fixed_nll = inputs["fixed_nll"] = np.zeros((n, width), np.float32)
+    present = inputs["present"] = np.ones((n, num_features), np.float32)
+    fixed_nll = inputs["fixed_nll"] = np.empty((n, num_features), np.float32)
+    missing_nll = [(0.0, 0.0) if feature.nullable else feature.missing_nll() for feature in schema.features]
+    fixed_nll[:] = [if_present for if_present, _ in missing_nll]
+    numbers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     codes: dict[str, np.ndarray] = {}
     num_parts = num_categories = 0
     for j, feature in enumerate(schema.features):
@@ -62,11 +67,7 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
             continue
         column = _as_trained(table.column(found[0]), schema.arrow_type(feature.name))
         if isinstance(feature, NumericFeature):
-            values, here = _finite(column, feature.name, rejects)
-            values = np.where(here, values, feature.mean)
-            for v, view in enumerate(views):
-                encoded = feature.standard(values) if view == "standard" else feature.quantile(values)
-                inputs["numbers"][:, v * len(schema.numeric) + j] = np.where(here, encoded, 0)
+            numbers[j] = _, here = _finite(column, feature.name, rejects)
         elif isinstance(feature, TimestampFeature):
             times, here, bad = as_times(column)
             if len(bad):
@@ -80,18 +81,38 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
                 narrow = np.float32 if schema.arrow_type(feature.name) == pa.float32() else np.float64
                 code = (values.astype(narrow) == narrow(feature.number)).astype(np.int32)
             else:
-                levels = _levels(column, schema.arrow_type(feature.name))
-                code, here = feature.codes(levels), levels.is_valid().to_numpy()
+                code, here = _codes(column, feature, schema.arrow_type(feature.name))
             codes[feature.name] = code
-            fixed_nll[:, j] = np.where(here, feature.code_nll[code], 0)
+            fixed_nll[:, j] = (feature.code_nll + missing_nll[j][0]).astype(np.float32)[code]
             if feature.num_classes > 1:
                 inputs["categories"][:, num_categories] = feature.classes(code)
                 num_categories += 1
-        if not feature.nullable:
-            if_present, if_missing = feature.missing_nll()
-            fixed_nll[:, j] += np.where(here, if_present, if_missing)
-        present[:, j] = here
+        if not here.all():
+            present[:, j] = here
+            fixed_nll[~here, j] = missing_nll[j][1]
+    _encode_numbers(numbers, schema, views, inputs)
     return EncodedTable(inputs, codes, rejects)
+
+
+def _encode_numbers(
+    numbers: dict[int, tuple[np.ndarray, np.ndarray]],
+    schema: TableSchema,
+    views: tuple[str, ...],
+    inputs: dict[str, np.ndarray],
+) -> None:
+    """Writes `inputs["numbers"]`, given the values of numeric features by position and whether each is there."""
+    # Block by block, which stay in the cache: every column is written across all of its rows.
+    for start in range(0, len(inputs["present"]), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        for j, (values, here) in numbers.items():
+            feature, block, there = schema.numeric[j], values[rows], here[rows]
+            complete = there.all()
+            if not complete:
+                block = np.where(there, block, feature.mean)
+            for v, view in enumerate(views):
+                encoded = feature.standard(block) if view == "standard" else feature.quantile(block)
+                place = v * len(schema.numeric) + j
+                inputs["numbers"][rows, place] = encoded if complete else np.where(there, encoded, 0)
 
 
 def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:
@@ -104,6 +125,23 @@ def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArra
     if pa.types.is_timestamp(kind) and pa.types.is_timestamp(trained) and kind.tz and trained.tz:
         return column.cast(pa.timestamp(kind.unit, trained.tz))
     return column
+
+
+def _codes(column: pa.ChunkedArray, feature: CategoricalFeature, trained: pa.DataType) -> tuple[np.ndarray, np.ndarray]:
+    """The code of each cell `(n,)`, and whether it has a value."""
+    kind = column.type
+    if pa.types.is_primitive(kind) and not pa.types.is_float16(kind):
+        column = column.dictionary_encode()
+    if not pa.types.is_dictionary(column.type):
+        levels = _levels(column, trained)
+        return feature.codes(levels), levels.is_valid().to_numpy()
+    codes, here = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    for chunk in column.chunks:  # each distinct value is written as text once
+        levels = _levels(pa.chunked_array([chunk.dictionary]), trained)
+        places = chunk.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+        codes.append(np.append(feature.codes(levels), np.int32(0))[places])
+        here.append(np.append(levels.is_valid().to_numpy(), False)[places])
+    return np.concatenate(codes), np.concatenate(here)
 
 
 def _levels(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:
@@ -123,7 +161,9 @@ def _finite(column: pa.ChunkedArray, name: str, rejects: Rejects) -> tuple[np.nd
     values, bad = as_numbers(column)
     if len(bad):
         rejects.add(bad, name, "wrong_type", f"expected a number, got {example(column, bad)}")
-    infinite = np.isinf(values)
-    if infinite.any():
-        rejects.add(infinite, name, "not_finite", "expected a finite number, got an infinite one")
-    return values, np.isfinite(values)
+    finite = np.isfinite(values)
+    if not finite.all():
+        infinite = np.isinf(values)
+        if infinite.any():
+            rejects.add(infinite, name, "not_finite", "expected a finite number, got an infinite one")
+    return values, finite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +20,6 @@ from vae_model.statistics import (
     NumericStatistics,
     TableStatistics,
     TimeStatistics,
-    month,
     weekday,
 )
 from vae_model.tables import is_text
@@ -58,8 +58,9 @@ class Feature:
 
     def missing_nll(self) -> tuple[float, float]:
         """-log p(present), -log p(missing) of a column whose missingness is not learned, in nats."""
-        p = np.clip(self.num_missing / max(self.num_rows, 1), 1 / (self.num_rows + 2), 1 - 1 / (self.num_rows + 2))
-        return -float(np.log1p(-p)), -float(np.log(p))
+        least = 1 / (self.num_rows + 2)
+        p = min(max(self.num_missing / max(self.num_rows, 1), least), 1 - least)
+        return -math.log1p(-p), -math.log(p)
 
     def to_json(self) -> dict[str, Any]:
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -111,16 +112,15 @@ class NumericFeature(Feature):
                 if self.stddev > 1
                 else (values - self.mean) / self.stddev
             )
-        size = np.minimum(np.abs(z), np.finfo(np.float64).max)
-        wild = size > _LINEAR_STDDEVS
-        if wild.any():
-            compressed = _LINEAR_STDDEVS * (1 + np.log(size[wild] / _LINEAR_STDDEVS))
-            z[wild] = np.copysign(compressed, z[wild])
+        if max(z.max(initial=0), -z.min(initial=0)) > _LINEAR_STDDEVS:
+            wild = np.abs(z) > _LINEAR_STDDEVS
+            size = np.minimum(np.abs(z[wild]), np.finfo(np.float64).max)
+            z[wild] = np.copysign(_LINEAR_STDDEVS * (1 + np.log(size / _LINEAR_STDDEVS)), z[wild])
         return z
 
     def quantile(self, values: np.ndarray) -> np.ndarray:
         """Standardised normal scores `(n,)` of the values' ranks among the training values."""
-        return np.interp(values, *self._curve, left=self.edge_scores[0], right=self.edge_scores[1])
+        return _interpolate(values, *self._curve, *self.edge_scores)
 
     def from_standard(self, z: np.ndarray) -> np.ndarray:
         """Values of z-scores, kept within the training values."""
@@ -132,7 +132,15 @@ class NumericFeature(Feature):
     def from_quantile(self, scores: np.ndarray) -> np.ndarray:
         """Values of standardised normal scores, within the training values."""
         knots, knot_scores = self._curve
-        return np.interp(scores, knot_scores, knots)
+        return _interpolate(scores, knot_scores, knots)
+
+
+def _interpolate(x: np.ndarray, *curve: Any) -> np.ndarray:
+    """`np.interp`, several times faster, sorting included: each of sorted values lies next to the one before it."""
+    order = np.argsort(x, axis=None)
+    y = np.empty(x.size)
+    y[order] = np.interp(x.ravel()[order], *curve)
+    return y.reshape(x.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +165,7 @@ class TimestampFeature(Feature):
         turns = {
             "hour": lambda: times % _DAY / _DAY,
             "weekday": lambda: weekday(times) / 7,
-            "month": lambda: month(times) / 12,
+            "month": lambda: (pc.month(pa.array(times).view(pa.timestamp("us"))).to_numpy() - 1) / 12,
         }
         return np.stack([2 * np.pi * turns[part]() for part in self.parts], axis=1)
 
@@ -195,7 +203,7 @@ class CategoricalFeature(Feature):
     def codes(self, levels: pa.ChunkedArray) -> np.ndarray:
         """`(n,)` position of each level plus 1; 0 for unseen and missing ones."""
         found = pc.index_in(levels, value_set=self._value_set, skip_nulls=True)
-        return pc.fill_null(found, -1).to_numpy().astype(np.int32) + 1
+        return pc.fill_null(found, -1).to_numpy() + np.int32(1)
 
     def classes(self, codes: np.ndarray) -> np.ndarray:
         """`(n,)` class of each code: 0 unseen, 1 to `num_classes`."""

@@ -427,6 +427,8 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         column = column.cast(pa.int64())
     if pa.types.is_temporal(column.type):
         return np.full(len(column), np.nan), np.flatnonzero(_valid(column))
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):  # there is no cell that does not fit
+        return column.cast(pa.float64(), safe=False).to_numpy(), np.empty(0, np.int64)
     numbers, bad = cast_cells(column, pa.float64())
     return numbers.to_numpy(), bad
 
