@@ -141,12 +141,12 @@ class Explainer:
         deviations = (self.encoded.inputs["numbers"][rows[:, None], places] - mean) / stddev
         strangest = np.argmax(np.abs(deviations), axis=1)
         low_to_high = np.array([[-_NORMAL_95], [0], [_NORMAL_95]], np.float32)
-        values = np.empty((3, len(rows)), np.float64 if "quantile" in self.views else np.float32)
+        values = np.empty((3, len(rows)))
         direction = np.empty(len(rows), bool)
         for v, view in enumerate(self.views):
             cells = np.flatnonzero(strangest == v)
             to_value = feature.from_quantile if view == "quantile" else feature.from_standard
-            values[:, cells] = to_value(mean[cells, v] + low_to_high * stddev[v])
+            values[:, cells] = to_value((mean[cells, v] + low_to_high * stddev[v]).astype(np.float64))
             direction[cells] = deviations[cells, v] >= 0
         text = _number_text(values.ravel(), feature)
         low, expected, high = (text.slice(i * len(rows), len(rows)) for i in range(3))

@@ -14,7 +14,7 @@ from vae_model.losses import kl_to_standard_normal
 from vae_model.model import Networks
 
 MAX_BATCH_ROWS = 8192
-_BATCH_CELLS = 1 << 23  # of the widest tensors: 32 MiB each
+_BATCH_CELLS = 1 << 21  # of the widest tensors: 8 MiB each, near the size of a cache
 
 
 @dataclass(frozen=True)
