@@ -109,7 +109,7 @@ def test_a_table_that_fits_the_buffer_is_read_once(wide, tmp_path, monkeypatch):
     wanted = np.sort(wide.column("row").to_numpy()[split.roles(wide, 0) == TRAIN])
     rng = np.random.default_rng(0)
     first = [row_ids(steps, block) for block in steps._shuffled(rng)]
-    monkeypatch.setattr(steps.tables, "read", None)
+    monkeypatch.setattr(steps.tables, "scan", None)
     second = [row_ids(steps, block) for block in steps._shuffled(rng)]
     for blocks in (first, second):
         assert len(blocks) == 1
@@ -163,10 +163,22 @@ def test_the_draw_of_a_position_is_uniform_and_unrelated_to_its_neighbours():
 def test_large_tables_hold_out_a_bounded_number_of_rows():
     class Large:
         num_rows = 10**7
+        schema = pa.schema([("x", pa.float64())])
 
     split = choose_split(Large(), TrainingConfig(), None)
     assert split.validation * 10**7 == pytest.approx(20_000)
     assert split.calibration * 10**7 == pytest.approx(100_000)
+
+
+def test_wide_tables_hold_out_fewer_rows():
+    class Wide:
+        num_rows = 10**7
+        schema = pa.schema([(f"x{i}", pa.float64()) for i in range(3000)])
+
+    split = choose_split(Wide(), TrainingConfig(), None)
+    assert split.validation * 10**7 * 3000 * 4 * 4 < 300e6  # bytes, as they are encoded: two views, present and fixed
+    assert split.calibration * 10**7 * 3000 * 4 < 300e6
+    assert split.calibration * 10**7 > 10_000
 
 
 def test_a_time_column_calibrates_on_the_last_block_of_time():

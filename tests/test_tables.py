@@ -375,8 +375,8 @@ def write(path, table, **options):
     return str(path)
 
 
-def read_all(tables, columns=None):
-    return pa.concat_tables([tables.read(block, columns) for block in tables.blocks])
+def read_all(tables, columns=None, blocks=None):
+    return pa.concat_tables([table for _, table in tables.scan(columns, blocks)])
 
 
 def test_row_groups_of_all_files_are_blocks_in_order(tmp_path):
@@ -387,13 +387,13 @@ def test_row_groups_of_all_files_are_blocks_in_order(tmp_path):
     assert [(block.start, block.num_rows) for block in tables.blocks] == [(0, 4), (4, 4), (8, 2), (10, 5)]
     for block in tables.blocks:
         expected = list(range(block.start, block.start + block.num_rows))
-        assert tables.read(block).column("x").to_pylist() == expected
+        assert read_all(tables, blocks=[block]).column("x").to_pylist() == expected
 
 
 def test_only_the_columns_asked_for_are_read(tmp_path):
     path = write(tmp_path / "a.parquet", {"x": [1], "y": [2], "z": [3]})
     tables = ParquetTables(path)
-    assert tables.read(tables.blocks[0], ["z", "x"]).to_pylist() == [{"z": 3, "x": 1}]
+    assert read_all(tables, ["z", "x"]).to_pylist() == [{"z": 3, "x": 1}]
 
 
 def test_files_of_different_number_types_are_read_as_the_wider_one(tmp_path):
@@ -459,7 +459,7 @@ def test_damaged_pages_are_named_with_file_and_row_group(tmp_path):
     data[4:2000] = b"\xff" * 1996
     (tmp_path / "a.parquet").write_bytes(bytes(data))
     with pytest.raises(RecordError, match=r"a\.parquet: row group 0 cannot be read"):
-        tables.read(tables.blocks[0])
+        read_all(tables)
 
 
 def test_a_file_with_a_repeated_column_is_refused(tmp_path):
@@ -475,7 +475,7 @@ def test_files_that_pandas_wrote_are_read(tmp_path):
     tables = ParquetTables(str(tmp_path / "a.parquet"))
     assert tables.schema.names == ["x", "c", "t"]
     assert tables.schema.metadata is None
-    assert tables.read(tables.blocks[0]).column("x").to_pylist() == [1.0, None]
+    assert read_all(tables).column("x").to_pylist() == [1.0, None]
     named = ParquetTables(str(tmp_path / "b.parquet"))  # its index is no range, so pandas writes it as a column
     assert named.schema.names == ["x", "c", "t", "__index_level_0__"]
 
@@ -490,7 +490,19 @@ def test_a_table_in_memory_is_read_in_blocks():
     n = BLOCK_ROWS + 5
     tables = open_tables(pa.table({"x": np.arange(n), "y": np.arange(n)}))
     assert [(block.start, block.num_rows) for block in tables.blocks] == [(0, BLOCK_ROWS), (BLOCK_ROWS, 5)]
-    assert tables.read(tables.blocks[1], ["y"]).to_pydict() == {"y": list(range(BLOCK_ROWS, n))}
+    assert read_all(tables, ["y"], tables.blocks[1:]).to_pydict() == {"y": list(range(BLOCK_ROWS, n))}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_large_row_group_of_a_wide_table_is_read_a_few_rows_at_a_time(tmp_path, in_memory):
+    wide = pa.table({f"x{i}": np.arange(9000) + i for i in range(1000)})
+    tables = open_tables(wide if in_memory else write(tmp_path / "wide.parquet", wide))
+    parts = list(tables.scan())
+    assert max(table.nbytes for _, table in parts) <= 65 << 20  # and the bits of what is null
+    assert [start for start, _ in parts] == np.cumsum([0, *(table.num_rows for _, table in parts)])[:-1].tolist()
+    assert pa.concat_tables([table for _, table in parts]).equals(wide)
+    narrow = list(tables.scan(["x0"], tables.blocks[-1:]))
+    assert in_memory or [(start, table.num_rows) for start, table in narrow] == [(0, 9000)]
 
 
 def test_a_table_in_memory_with_a_repeated_column_is_refused():

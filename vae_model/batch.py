@@ -62,15 +62,14 @@ def score_files(
     needed = list(dict.fromkeys([*kept, *bundle.schema.names]))
     num_anomalies = 0
     with files.new_file(output) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for block in tables.blocks:
-            table = tables.read(block, needed)
+        for start, table in tables.scan(needed):
             for scored, rejects in bundle.score_tables([table], reasons=reasons, threshold=threshold, prefix=prefix):
                 if len(rejects):
-                    raise RecordError(f"in rows from {block.start:,}: {rejects.summary()}")
+                    raise RecordError(f"in rows from {start:,}: {rejects.summary()}")
                 num_anomalies += pc.sum(scored.column(f"{prefix}is_anomaly")).as_py() or 0
                 writer.write_table(scored.select(kept + [item.name for item in added]))
             if on_progress:
-                on_progress("scoring", block.start + block.num_rows, tables.num_rows, {})
+                on_progress("scoring", start + table.num_rows, tables.num_rows, {})
     return tables.num_rows, num_anomalies
 
 
@@ -93,10 +92,9 @@ def scores_and_labels(
     if problem := bundle.schema.refuse(tables.schema):
         raise ValueError(f"the input does not fit the model: {problem}")
     scores, truth = [], []
-    for block in tables.blocks:
-        table = tables.read(block, [*bundle.schema.names, label])
+    for start, table in tables.scan([*bundle.schema.names, label]):
         scores.append(bundle.score(table.select(bundle.schema.names)).column("anomaly_score").to_numpy())
         truth.append(labels(table, label))
         if on_progress:
-            on_progress("scoring", block.start + block.num_rows, tables.num_rows, {})
+            on_progress("scoring", start + table.num_rows, tables.num_rows, {})
     return np.concatenate(scores), np.concatenate(truth)

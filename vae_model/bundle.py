@@ -27,7 +27,7 @@ from vae_model.reasons import REASON_TYPE, Explainer
 from vae_model.report import report
 from vae_model.schema import TableSchema
 from vae_model.statistics import TableStatistics
-from vae_model.tables import RecordError, Rejects, from_frame, rechunk, without_views
+from vae_model.tables import RecordError, Rejects, from_frame, rechunk, rows_at_a_time, without_views
 
 if TYPE_CHECKING:
     from vae_model.scoring import ElboScorer, Scores
@@ -195,9 +195,9 @@ class Bundle:
         refuse_clash(table.column_names, reasons, prefix)
         table = without_views(table)
         parts, rejected = [], []
-        for start in range(0, max(table.num_rows, 1), CHUNK_ROWS):
-            chunk = table.slice(start, CHUNK_ROWS)
-            columns, rejects = self._score_chunk(chunk, reasons, prefix, threshold)
+        size = self._chunk_rows
+        for start in range(0, max(table.num_rows, 1), size):
+            columns, rejects = self._score_chunk(table.slice(start, size), reasons, prefix, threshold)
             parts.append(columns)
             rejected.append(rejects)
         why = Rejects.concatenate(rejected)
@@ -208,8 +208,12 @@ class Bundle:
 
     def score_tables(self, tables: Iterator[pa.Table] | Sequence[pa.Table], **options: Any) -> Iterator[ScoredTable]:
         """`split` over any number of tables, for data larger than memory."""
-        for table in rechunk(tables, CHUNK_ROWS):
+        for table in rechunk(tables, self._chunk_rows):
             yield self.split(table, **options)
+
+    @property
+    def _chunk_rows(self) -> int:
+        return min(CHUNK_ROWS, rows_at_a_time(len(self.schema.features)))
 
     def _score_chunk(
         self, table: pa.Table, reasons: int, prefix: str, threshold: float | None

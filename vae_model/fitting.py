@@ -48,6 +48,8 @@ FOLD_ROWS = 1000  # tables with fewer rows are calibrated by cross-conformal fol
 _NUM_FOLDS = 5
 _MAX_VALIDATION_ROWS = 20_000
 _MAX_CALIBRATION_ROWS = 100_000
+_MAX_HELD_OUT_CELLS = 1 << 26  # so that fewer rows of very wide tables are held out
+_SHUFFLED_BYTES = 32 << 20
 _NUM_GOLDEN = 16
 
 TRAIN, VALIDATION, CALIBRATION, LEFT_OUT = range(4)
@@ -206,13 +208,14 @@ def choose_split(tables: Tables, training: TrainingConfig, label: str | None) ->
         RecordError: The time column holds no times.
     """
     n = tables.num_rows
-    validation = min(training.validation_fraction, _MAX_VALIDATION_ROWS / n)
+    most = _MAX_HELD_OUT_CELLS // max(len(tables.schema.names), 1)
+    validation = min(training.validation_fraction, min(_MAX_VALIDATION_ROWS, most / 4) / n)  # held encoded
     calibration = training.calibration_fraction or max(0.1, min(0.3, 1000 / n))
-    calibration = min(calibration, _MAX_CALIBRATION_ROWS / n)
+    calibration = min(calibration, min(_MAX_CALIBRATION_ROWS, most) / n)
     if training.time_column:
         sketch = QuantileSketch()
-        for block in tables.blocks:
-            times, present, bad = as_times(tables.read(block, [training.time_column]).column(0))
+        for _, table in tables.scan([training.time_column]):
+            times, present, bad = as_times(table.column(0))
             if len(bad):
                 raise RecordError(f"{training.time_column}: expected times, got others")
             sketch.update(times[present].astype(np.float64))
@@ -238,14 +241,13 @@ def collect_statistics(
     held_out = TableStatistics(kinds)  # its only use: bad cells there must show now, not after training
     num_rows = np.zeros(LEFT_OUT + 1, np.int64)
     names = list(dict.fromkeys([*kinds, *split.columns]))
-    for block in tables.blocks:
-        table = tables.read(block, names)
-        roles = split.roles(table, block.start)
+    for start, table in tables.scan(names):
+        roles = split.roles(table, start)
         num_rows += np.bincount(roles, minlength=len(num_rows))
         table = table.select(list(kinds))
         for part, keep in ((statistics, roles < CALIBRATION), (held_out, roles == CALIBRATION)):
-            part.update(table.filter(pa.array(keep)), block.start + np.flatnonzero(keep))
-        report("statistics", block.start + block.num_rows, tables.num_rows, {})
+            part.update(table.filter(pa.array(keep)), start + np.flatnonzero(keep))
+        report("statistics", start + table.num_rows, tables.num_rows, {})
     if statistics.num_rows < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} training rows, got {statistics.num_rows}")
     if not (split.cross_conformal or num_rows[:LEFT_OUT].all()):
@@ -272,8 +274,8 @@ class _Steps:
     resume: bool = False
 
     def held_out(self) -> Bundle:
-        validation = [self._read(block, VALIDATION) for block in self.tables.blocks]
-        inputs = encode(pa.concat_tables(validation), self.schema, self.config.views).inputs
+        validation = pa.concat_tables(table for _, table in self._scan(VALIDATION))
+        inputs = encode(validation, self.schema, self.config.views).inputs
         trained = self._train(self.num_train, self._shuffled, inputs, "training", self.checkpoint)
         calibration, examples = self._calibrate(trained)
         return self._finish(trained, calibration, examples)
@@ -282,20 +284,19 @@ class _Steps:
         """Scores the calibration rows block by block, and keeps a few as examples."""
         scores, nll = [], []
         examples: list[pa.Table] = []
-        for block in self.tables.blocks:
-            table = self._read(block, CALIBRATION)
+        for end, table in self._scan(CALIBRATION):
             if table.num_rows:
                 terms = trained.scorer.score(encode(table, self.schema, self.config.views).inputs)
                 scores.append(terms.score)
                 nll.append(terms.column_nll)
                 if sum(part.num_rows for part in examples) < 10 * _NUM_GOLDEN:
                     examples.append(table.slice(0, 10 * _NUM_GOLDEN))
-            self.report("calibration", block.start + block.num_rows, self.tables.num_rows, {})
+            self.report("calibration", end, self.tables.num_rows, {})
         return calibrate(np.concatenate(scores), np.concatenate(nll)), pa.concat_tables(examples)
 
     def cross_conformal(self) -> Bundle:
         """Every row is scored by a model that was not trained on it; the final model trains on all (Vovk, 2015)."""
-        table = pa.concat_tables([self._read(block, None) for block in self.tables.blocks])
+        table = pa.concat_tables(table for _, table in self._scan(None))
         n = table.num_rows
         rng = np.random.default_rng(self.training.seed)
         fold = rng.permutation(np.arange(n) % _NUM_FOLDS)
@@ -380,45 +381,61 @@ class _Steps:
 
     # ---- rows ----------------------------------------------------------------------------------
 
-    def _read(self, block: Block, role: int | None) -> pa.Table:
-        """The rows of a block that have a role (None: all but those left out), features only."""
+    def _scan(self, role: int | None, blocks: Sequence[Block] | None = None) -> Iterator[tuple[int, pa.Table]]:
+        """The rows that have a role (None: all but those left out), features only, with the row where each part ends."""
         names = list(dict.fromkeys([*self.schema.names, *self.split.columns]))
-        table = self.tables.read(block, names)
-        roles = self.split.roles(table, block.start)
-        keep = roles != LEFT_OUT if role is None else roles == role
-        return table.select(self.schema.names).filter(pa.array(keep))
+        for start, table in self.tables.scan(names, blocks):
+            roles = self.split.roles(table, start)
+            keep = roles != LEFT_OUT if role is None else roles == role
+            yield start + table.num_rows, table.select(self.schema.names).filter(pa.array(keep))
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[Arrays]:
         """One pass over the training rows: row groups in random order, shuffled buffer by buffer."""
         if self._cached is not None:
-            order = rng.permutation(len(self._cached["present"]))
-            yield {name: values[order] for name, values in self._cached.items()}
+            yield from self._shuffle(self._cached, rng)
             return
         limit = self.training.buffer_mib << 20
+        order = rng.permutation(len(self.tables.blocks))
         parts: list[Arrays] = []
         size = 0
-        order = rng.permutation(len(self.tables.blocks))
-        for i, position in enumerate(order):
-            parts.append(self._encoded(self.tables.blocks[position]))
-            size += sum(values.nbytes for values in parts[-1].values())
-            if size >= limit or i == len(order) - 1:
-                rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-                parts, size = [], 0
-                shuffle = rng.permutation(len(rows["present"]))
-                yield {name: values[shuffle] for name, values in rows.items()}
+        for part in self._encoded([self.tables.blocks[position] for position in order]):
+            parts.append(part)
+            size += sum(values.nbytes for values in part.values())
+            if size >= limit:
+                yield from self._shuffle(_joined(parts), rng)
+                size = 0
+        if parts:
+            yield from self._shuffle(_joined(parts), rng)
+
+    def _shuffle(self, rows: Arrays, rng: np.random.Generator) -> Iterator[Arrays]:
+        """Rows in random order, not too many at a time."""
+        order = rng.permutation(len(rows["present"]))
+        size = max(1, _SHUFFLED_BYTES // self._row_bytes)
+        for start in range(0, len(order), size):
+            yield {name: values[order[start : start + size]] for name, values in rows.items()}
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        nothing = encode(self.tables.schema.empty_table(), self.schema, self.config.views).inputs
+        return sum(values.itemsize * values.shape[1] for values in nothing.values())
 
     @cached_property
     def _cached(self) -> Arrays | None:
         """All training rows, where they fit into the buffer: then they are read once."""
-        nothing = encode(self.tables.schema.empty_table(), self.schema, self.config.views).inputs
-        row_bytes = sum(values.itemsize * values.shape[1] for values in nothing.values())
-        if self.num_train * row_bytes > self.training.buffer_mib << 20:
+        if self.num_train * self._row_bytes > self.training.buffer_mib << 20:
             return None
-        parts = [self._encoded(block) for block in self.tables.blocks]
-        return {name: np.concatenate([part[name] for part in parts]) for name in nothing}
+        return _joined(list(self._encoded(self.tables.blocks)))
 
-    def _encoded(self, block: Block) -> Arrays:
-        return encode(self._read(block, TRAIN), self.schema, self.config.views).inputs
+    def _encoded(self, blocks: Sequence[Block]) -> Iterator[Arrays]:
+        for _, table in self._scan(TRAIN, blocks):
+            yield encode(table, self.schema, self.config.views).inputs
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    """The parts as one; empties the list, so that rows are not held twice for longer than need be."""
+    rows = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+    parts.clear()
+    return rows
 
 
 def synthetic_rows(schema: TableSchema, num_rows: int, seed: int) -> pa.Table:

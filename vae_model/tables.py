@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from vae_model import files
 
 BLOCK_ROWS = 65_536
+_BLOCK_CELLS = 1 << 23  # 64 MiB of float64
+_PAGE_BYTES = 1 << 20  # of Parquet, as most write it
 
 
 class RecordError(ValueError):
@@ -289,9 +291,14 @@ def without_views(table: pa.Table) -> pa.Table:
 # ---- reading in blocks -------------------------------------------------------------------------
 
 
+def rows_at_a_time(num_columns: int) -> int:
+    """Rows to hold at once: fewer of wide tables, so that memory stays within bounds."""
+    return int(np.clip(_BLOCK_CELLS // max(num_columns, 1), 256, BLOCK_ROWS))
+
+
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows that are read together: rows `start` to `start + num_rows` of the whole."""
+    """Consecutive rows that can be read without those before: `num_rows` of the whole, from row `start` on."""
 
     start: int
     num_rows: int
@@ -300,13 +307,17 @@ class Block:
 
 
 class Tables(Protocol):
-    """Any number of rows under one schema, read block by block."""
+    """Any number of rows under one schema, in blocks that can be read in any order."""
 
     schema: pa.Schema
     num_rows: int
     blocks: list[Block]
 
-    def read(self, block: Block, columns: Sequence[str] | None = None) -> pa.Table: ...
+    def scan(
+        self, columns: Sequence[str] | None = None, blocks: Sequence[Block] | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """The rows of some blocks (by default all) a few at a time, each part with the position of its first row."""
+        ...
 
 
 @dataclass
@@ -317,15 +328,18 @@ class MemoryTables:
 
     def __post_init__(self) -> None:
         _refuse_repeated(self.table.schema, "the table")
+        self.table = without_views(self.table)
         self.schema = self.table.schema
         self.num_rows = self.table.num_rows
-        self.blocks = [
-            Block(start, min(BLOCK_ROWS, self.num_rows - start)) for start in range(0, self.num_rows, BLOCK_ROWS)
-        ]
+        size = rows_at_a_time(self.table.num_columns)
+        self.blocks = [Block(start, min(size, self.num_rows - start)) for start in range(0, self.num_rows, size)]
 
-    def read(self, block: Block, columns: Sequence[str] | None = None) -> pa.Table:
+    def scan(
+        self, columns: Sequence[str] | None = None, blocks: Sequence[Block] | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
         table = self.table if columns is None else self.table.select(list(columns))
-        return table.slice(block.start, block.num_rows)
+        for block in self.blocks if blocks is None else blocks:
+            yield block.start, table.slice(block.start, block.num_rows)
 
 
 class ParquetTables:
@@ -344,7 +358,7 @@ class ParquetTables:
             except (pa.ArrowInvalid, OSError) as error:
                 raise RecordError(f"{path}: expected a Parquet file, got one that cannot be read ({error})") from error
             _refuse_repeated(schema, path)
-            schemas.append(schema.remove_metadata())
+            schemas.append(without_views(schema.empty_table()).schema.remove_metadata())
             for row_group in range(metadata.num_row_groups):
                 rows = metadata.row_group(row_group).num_rows
                 self.blocks.append(Block(start, rows, source, row_group))
@@ -369,18 +383,36 @@ class ParquetTables:
             unified = pa.schema(fields)
         return unified
 
-    def read(self, block: Block, columns: Sequence[str] | None = None) -> pa.Table:
-        system, path = self._files[block.source]
+    def scan(
+        self, columns: Sequence[str] | None = None, blocks: Sequence[Block] | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
         names = self.schema.names if columns is None else list(columns)
-        try:
-            with system.open_input_file(path) as handle, pq.ParquetFile(handle, pre_buffer=False) as file:
-                table = file.read_row_group(block.row_group, columns=names)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RecordError(f"{path}: row group {block.row_group} cannot be read ({error})") from error
-        table, rejects = conform(table, pa.schema([self.schema.field(name) for name in names]))
-        if len(rejects):
-            raise RecordError(f"{path}: {rejects.summary()}")
-        return table
+        schema = pa.schema([self.schema.field(name) for name in names])
+        for block in self.blocks if blocks is None else blocks:
+            system, path = self._files[block.source]
+            start = block.start
+            try:
+                with system.open_input_file(path) as handle:
+                    for part in _row_group_parts(handle, block.row_group, names):
+                        table, rejects = conform(part, schema)
+                        if len(rejects):
+                            raise RecordError(f"{path}: {rejects.summary()}")
+                        yield start, table
+                        start += table.num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                raise RecordError(f"{path}: row group {block.row_group} cannot be read ({error})") from error
+
+
+def _row_group_parts(handle: pa.NativeFile, row_group: int, names: list[str]) -> Iterator[pa.Table]:
+    """A row group a few rows at a time."""
+    size = rows_at_a_time(len(names))
+    with pq.ParquetFile(handle, pre_buffer=False, buffer_size=_PAGE_BYTES) as file:
+        metadata = file.metadata.row_group(row_group)
+        if metadata.total_byte_size > _PAGE_BYTES * metadata.num_columns:
+            for batch in file.iter_batches(size, row_groups=[row_group], columns=names):
+                yield pa.Table.from_batches([batch])
+        else:  # page by page, each column would hold a page, and so all of this at once and more
+            yield from rechunk([file.read_row_group(row_group, columns=names)], size)
 
 
 def _wider(a: pa.Field, b: pa.Field) -> pa.Field:
