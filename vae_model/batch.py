@@ -91,6 +91,8 @@ def scores_and_labels(
         raise ValueError(f"{label}: named as the label, but the input has only {', '.join(tables.schema.names)}")
     if problem := bundle.schema.refuse(tables.schema):
         raise ValueError(f"the input does not fit the model: {problem}")
+    if not tables.num_rows:
+        raise ValueError(f"{input}: expected rows to evaluate on, got none")
     scores, truth = [], []
     for start, table in tables.scan([*bundle.schema.names, label]):
         scores.append(bundle.score(table.select(bundle.schema.names)).column("anomaly_score").to_numpy())

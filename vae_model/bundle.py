@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 512 << 20  # a JSON file takes ten times that in memory; 3,000 columns need about 200 MiB
+_MAX_GOLDEN_ROWS = 10_000
 CHUNK_ROWS = 65_536
 _SCORING_FILES = ("schema.json", "model.json", "weights.npz", "noise.npy", "calibration.json", "calibration.npz")
 _OTHER_FILES = ("statistics.json", "golden.parquet", "card.json", "history.csv", "report.html")
@@ -193,6 +197,8 @@ class Bundle:
         if reasons < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {reasons}")
         refuse_clash(table.column_names, reasons, prefix)
+        if not table.num_columns:  # Arrow cannot filter it, and forgets its rows
+            raise RecordError(f"{self.schema.refuse(table.schema)}; the table has no columns")
         table = without_views(table)
         parts, rejected = [], []
         size = self._chunk_rows
@@ -306,6 +312,9 @@ class Bundle:
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         }
         contents[MANIFEST] = _json_bytes(manifest, indent=1)
+        for name, content in contents.items():
+            if len(content) > MAX_FILE_BYTES:  # nobody could load it
+                raise BundleError(f"{uri}: {name}: expected at most {MAX_FILE_BYTES:,} bytes, got {len(content):,}")
         refuse_output(uri, overwrite)
         files.write_directory(uri, contents, last=MANIFEST, overwrite=overwrite)
 
@@ -324,9 +333,11 @@ def load_bundle(uri: str) -> Bundle:
         if name not in manifest["sha256"]:
             raise BundleError(f"{uri}: {MANIFEST} does not list {name}")
         try:
-            contents[name] = files.read_bytes(uri, name)
+            contents[name] = files.read_bytes(uri, name, MAX_FILE_BYTES)
         except FileNotFoundError:
             raise BundleError(f"{uri}: {name} is missing") from None
+        except (ValueError, OSError) as error:
+            raise BundleError(f"{uri}: {name} cannot be read: {error}") from error
         if hashlib.sha256(contents[name]).hexdigest() != manifest["sha256"][name]:
             raise BundleError(f"{uri}: {name} was changed after it was written (its SHA-256 differs)")
     bundle = _parse(uri, contents)
@@ -346,10 +357,14 @@ def read_manifest(uri: str) -> dict[str, Any]:
         BundleError: None is there, or its format is not one that this version reads.
     """
     try:
-        manifest = json.loads(files.read_bytes(uri, MANIFEST))
+        content = files.read_bytes(uri, MANIFEST, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{uri}: no bundle there ({MANIFEST} is missing)") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{uri}: {MANIFEST} cannot be read: {error}") from error
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{uri}: {MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise BundleError(f"{uri}: {MANIFEST} lists no files")
@@ -427,10 +442,16 @@ def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 def _load_parquet(content: bytes) -> pa.Table:
     # Arrow 25's own threads abort about one in three short processes as they end.
     with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
+        if file.metadata.num_rows > _MAX_GOLDEN_ROWS:  # a few bytes may claim any number
+            raise ValueError(f"expected at most {_MAX_GOLDEN_ROWS:,} rows, got {file.metadata.num_rows:,}")
         return file.read(use_threads=False)
 
 
 def _load_npz(content: bytes) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for item in archive.infolist():  # stored, as NumPy does, so that no more comes out than went in
+            if item.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{item.filename}: expected an array as it is, got a compressed one")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
 

@@ -82,10 +82,16 @@ def _walk(system: fs.FileSystem, root: str, deep: bool = True) -> list[str]:
     return [p for p in paths if not re.search(r"(^|/)[._]", posixpath.relpath(p, root))]
 
 
-def read_bytes(uri: str, name: str) -> bytes:
-    """One file of the directory at `uri`."""
+def read_bytes(uri: str, name: str, max_bytes: int) -> bytes:
+    """One file of the directory at `uri`.
+
+    Raises:
+        ValueError: It is larger than `max_bytes`; nothing of it is read then.
+    """
     system, root = filesystem(uri)
-    with system.open_input_stream(posixpath.join(root, name)) as stream:
+    with system.open_input_file(posixpath.join(root, name)) as stream:
+        if stream.size() > max_bytes:
+            raise ValueError(f"expected at most {max_bytes:,} bytes, got {stream.size():,}")
         return bytes(stream.read())
 
 
@@ -103,21 +109,42 @@ def remove(uri: str) -> None:
         system.delete_file(path)
 
 
+def refuse_unwritable(uri: str) -> None:
+    """Raises `OSError` where a local file or directory could not be made; object stores tell when written to."""
+    system, path = filesystem(uri)
+    if isinstance(system, fs.LocalFileSystem):
+        there = next(parent for parent in Path(path).parents if parent.exists())
+        with _named(uri), tempfile.TemporaryFile(dir=there):
+            pass
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Says which place cannot be written: a full disk, for one, does not."""
+    try:
+        yield
+    except OSError as error:
+        if str(error).startswith(f"{uri}: "):
+            raise
+        raise type(error)(f"{uri}: cannot be written: {error}") from error
+
+
 @contextmanager
 def new_file(uri: str) -> Iterator[Any]:
     """A stream whose file appears under its name once all is written, and replaces one that is there."""
     system, path = filesystem(uri)
-    if isinstance(system, fs.LocalFileSystem):
-        system.create_dir(path.rpartition("/")[0], recursive=True)
     partial = f"{path}.partial"
-    try:
-        with system.open_output_stream(partial) as stream:
-            yield stream
-        system.move(partial, path)
-    except BaseException:
-        if system.get_file_info(partial).type == fs.FileType.File:
-            system.delete_file(partial)
-        raise
+    with _named(uri):
+        if isinstance(system, fs.LocalFileSystem):
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+        try:
+            with system.open_output_stream(partial) as stream:
+                yield stream
+            system.move(partial, path)
+        except BaseException:
+            if system.get_file_info(partial).type == fs.FileType.File:
+                system.delete_file(partial)
+            raise
 
 
 def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: bool = False) -> None:
@@ -137,25 +164,30 @@ def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: 
     if exists and system.get_file_info(posixpath.join(root, last)).type != fs.FileType.File:
         raise FileExistsError(f"{uri}: already exists and holds no {last}, so it will not be overwritten")
     names = [name for name in files if name != last] + [last]
-    if isinstance(system, fs.LocalFileSystem):
-        Path(root).parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{Path(root).name}-", dir=Path(root).parent))
-        try:
-            for name in names:
-                (staging / name).write_bytes(files[name])
-            staging.chmod(0o755)
-            if exists:
-                retired = staging.with_name(staging.name + "-old")
-                Path(root).rename(retired)
-                staging.rename(root)
-                shutil.rmtree(retired)
-            else:
-                staging.rename(root)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return
-    if exists:
-        system.delete_file(posixpath.join(root, last))
-    for name in names:
-        with system.open_output_stream(posixpath.join(root, name)) as stream:
-            stream.write(files[name])
+    with _named(uri):
+        if isinstance(system, fs.LocalFileSystem):
+            _write_local(Path(root), {name: files[name] for name in names}, exists)
+            return
+        if exists:
+            system.delete_file(posixpath.join(root, last))
+        for name in names:
+            with system.open_output_stream(posixpath.join(root, name)) as stream:
+                stream.write(files[name])
+
+
+def _write_local(root: Path, files: dict[str, bytes], exists: bool) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name[:100]}-", dir=root.parent))
+    try:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        staging.chmod(0o755)
+        if exists:
+            retired = staging.with_name(staging.name + "-old")
+            root.rename(retired)
+            staging.rename(root)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

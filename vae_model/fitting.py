@@ -166,11 +166,13 @@ def fit(
         RecordError: The data does not hold what its columns promise.
         ValueError: Too few rows, no column to learn from, or a wrong column name.
         TrainingError: The loss became non-finite.
+        OSError: The output cannot be written.
     """
     config, training = config or VAEConfig(), training or TrainingConfig()
     report = on_progress or (lambda *_: None)
     if output:
         refuse_output(output, overwrite)
+        files.refuse_unwritable(output)
     tables = open_tables(data)
     for role, column in {"label": label, "time_column": training.time_column}.items():
         if column and column not in tables.schema.names:
@@ -382,7 +384,7 @@ class _Steps:
     # ---- rows ----------------------------------------------------------------------------------
 
     def _scan(self, role: int | None, blocks: Sequence[Block] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """The rows that have a role (None: all but those left out), features only, with the row where each part ends."""
+        """The features of rows that have a role (None: all but those left out), each part with where it ends."""
         names = list(dict.fromkeys([*self.schema.names, *self.split.columns]))
         for start, table in self.tables.scan(names, blocks):
             roles = self.split.roles(table, start)

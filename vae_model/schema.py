@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from vae_model.statistics import (
     TimeStatistics,
     weekday,
 )
-from vae_model.tables import is_text
+from vae_model.tables import is_text, knows_zone
 
 MAX_CLASSES = 256  # levels of one column with a probability of their own; rarer ones share one
 MIN_CLASS_ROWS = 3
@@ -63,7 +63,8 @@ class Feature:
         return -math.log1p(-p), -math.log(p)
 
     def to_json(self) -> dict[str, Any]:
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"kind": self.kind, **values}
 
 
@@ -124,6 +125,7 @@ class NumericFeature(Feature):
 
     def from_standard(self, z: np.ndarray) -> np.ndarray:
         """Values of z-scores, kept within the training values."""
+        z = z.astype(np.float64)  # of the network's float32, which ends at 3e38
         beyond = np.maximum(np.abs(z) / _LINEAR_STDDEVS - 1, 0)
         with np.errstate(over="ignore"):
             z = np.where(beyond > 0, np.copysign(_LINEAR_STDDEVS * np.exp(np.minimum(beyond, 700)), z), z)
@@ -135,11 +137,17 @@ class NumericFeature(Feature):
         return _interpolate(scores, knot_scores, knots)
 
 
-def _interpolate(x: np.ndarray, *curve: Any) -> np.ndarray:
-    """`np.interp`, several times faster, sorting included: each of sorted values lies next to the one before it."""
+def _interpolate(x: np.ndarray, xs: np.ndarray, ys: np.ndarray, *edges: float) -> np.ndarray:
+    """`np.interp`, several times faster, sorting included: each of sorted values lies next to the one before it.
+
+    Where the slope between two points is beyond a float's range, the next point's value.
+    """
     order = np.argsort(x, axis=None)
     y = np.empty(x.size)
-    y[order] = np.interp(x.ravel()[order], *curve)
+    y[order] = np.interp(x.ravel()[order], xs, ys, *edges)
+    wild = ~np.isfinite(y)
+    if wild.any():
+        y[wild] = ys[np.searchsorted(xs, x.ravel()[wild]).clip(0, len(xs) - 1)]
     return y.reshape(x.shape)
 
 
@@ -340,7 +348,7 @@ def _readable(got: pa.DataType, feature: Feature) -> bool:
     if isinstance(feature, NumericFeature):
         return column_kind(got) == "numeric" or pa.types.is_boolean(got)
     if isinstance(feature, TimestampFeature):
-        return column_kind(got) == "timestamp"
+        return column_kind(got) == "timestamp" and knows_zone(got)
     return not pa.types.is_nested(got)
 
 

@@ -175,7 +175,7 @@ class NumericStatistics:
             return float(np.sqrt(variance))
         low, high = self.quantiles.quantile(np.array([0.16, 0.84]))
         spread = high / 2 - low / 2 or self.maximum / 2 - self.minimum / 2
-        return float(max(spread, np.finfo(np.float64).smallest_subnormal))
+        return float(max(spread, np.finfo(np.float64).tiny))
 
     @property
     def drifts(self) -> bool:

@@ -100,6 +100,8 @@ def example(column: pa.ChunkedArray, rows: np.ndarray) -> str:
         return repr(cell.as_py())[:60]
     except (ValueError, OverflowError):  # a time beyond Python's
         return str(cell.value)
+    except LookupError:  # a zone that nobody knows
+        return f"a {cell.type}"
 
 
 # ---- casting, cell by cell where need be -------------------------------------------------------
@@ -108,6 +110,17 @@ def example(column: pa.ChunkedArray, rows: np.ndarray) -> str:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type holds text, in any of Arrow's layouts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def knows_zone(kind: pa.DataType) -> bool:
+    """Whether a time's zone, if it has one, is one that can be read."""
+    if not (pa.types.is_timestamp(kind) and kind.tz):
+        return True
+    try:
+        pc.local_timestamp(pa.scalar(0, kind))
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def decode(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -450,7 +463,9 @@ def rechunk(tables: Iterator[pa.Table] | Sequence[pa.Table], max_rows: int) -> I
 
 
 def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A column as float64; durations in their unit.
+    """A column as float64; durations in their unit; numbers too small for a normal float (2.2e-308) as zero.
+
+    TensorFlow's threads, which encode training rows, read those as zero anyway.
 
     Returns:
         Values `(n,)`, NaN where missing, and the rows whose cell is no number.
@@ -462,7 +477,9 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):  # there is no cell that does not fit
         return column.cast(pa.float64(), safe=False).to_numpy(), np.empty(0, np.int64)
     numbers, bad = cast_cells(column, pa.float64())
-    return numbers.to_numpy(), bad
+    values = numbers.to_numpy()
+    subnormal = (np.abs(values) < np.finfo(np.float64).tiny) & (values != 0)
+    return np.where(subnormal, 0.0, values) if subnormal.any() else values, bad
 
 
 def as_levels(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -487,8 +504,11 @@ def as_times(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """
     column = decode(column)
     kind = column.type
-    if pa.types.is_timestamp(kind) and kind.tz:
+    zoned = pa.types.is_timestamp(kind) and bool(kind.tz)
+    if zoned and knows_zone(kind):
         column = pc.local_timestamp(column)
+    if zoned and not knows_zone(kind):
+        return np.zeros(len(column), np.int64), np.zeros(len(column), bool), np.flatnonzero(_valid(column))
     if is_text(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind):
         times, bad = cast_cells(column, pa.timestamp("us"))
     elif pa.types.is_time(kind):
