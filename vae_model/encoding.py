@@ -82,6 +82,9 @@ def encode(table: pa.Table, schema: TableSchema, views: tuple[str, ...]) -> Enco
                 code = (values.astype(narrow) == narrow(feature.number)).astype(np.int32)
             else:
                 code, here = _codes(column, feature, schema.arrow_type(feature.name))
+                if pa.types.is_nested(column.type) and here.any():
+                    bad = np.flatnonzero(here)
+                    rejects.add(bad, feature.name, "wrong_type", f"expected a level, got {example(column, bad)}")
             codes[feature.name] = code
             fixed_nll[:, j] = (feature.code_nll + missing_nll[j][0]).astype(np.float32)[code]
             if feature.num_classes > 1:

@@ -30,6 +30,7 @@ from vae_model.schema import (
     TimestampFeature,
     choose_kinds,
     infer_schema,
+    nothing_to_learn,
 )
 from vae_model.statistics import QuantileSketch, TableStatistics
 from vae_model.tables import Block, MemoryTables, RecordError, Tables, as_numbers, as_times, open_tables
@@ -188,6 +189,8 @@ def fit(
     refuse_clash(kinds)
     if tables.num_rows < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} rows to learn from, got {tables.num_rows}")
+    if not kinds:  # without columns Arrow forgets the rows
+        raise nothing_to_learn(0, passthrough)
     split = choose_split(tables, training, label)
     statistics, num_rows = collect_statistics(tables, kinds, split, report)
     forced = [*numeric, *categorical, *timestamp]

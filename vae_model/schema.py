@@ -341,6 +341,8 @@ class TableSchema:
 
 
 def _readable(got: pa.DataType, feature: Feature) -> bool:
+    if isinstance(got, pa.BaseExtensionType):
+        got = got.storage_type
     if pa.types.is_dictionary(got):
         got = got.value_type
     if pa.types.is_null(got) or is_text(got):
@@ -439,13 +441,16 @@ def infer_schema(
             features.append(feature)
     schema = TableSchema(tuple(features), carried, arrow_schema.remove_metadata())
     if not any(feature.nullable for feature in schema.fixed_categories) and schema.fixed_categories == features:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in carried.items())
-        raise ValueError(
-            f"expected a column that varies, got {len(features)} constant or never repeated ones "
-            f"({listed or 'none carried'})"
-        )
+        raise nothing_to_learn(len(features), carried)
     ordered = [*schema.numeric, *schema.timestamps, *schema.learned_categories, *schema.fixed_categories]
     return TableSchema(tuple(ordered), carried, schema.arrow_schema)
+
+
+def nothing_to_learn(num_features: int, carried: dict[str, str]) -> ValueError:
+    """The error of a table in which nothing varies."""
+    listed = "; ".join(f"{name}: {reason}" for name, reason in carried.items())
+    got = f"{num_features} constant or never repeated ones ({listed or 'none carried'})"
+    return ValueError(f"expected a column that varies, got {got}")
 
 
 def _reason_to_carry(column: ColumnStatistics) -> str | None:

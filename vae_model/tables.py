@@ -368,7 +368,7 @@ class ParquetTables:
                 with system.open_input_file(path) as handle:
                     metadata = pq.read_metadata(handle)
                     schema = metadata.schema.to_arrow_schema()
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise RecordError(f"{path}: expected a Parquet file, got one that cannot be read ({error})") from error
             _refuse_repeated(schema, path)
             schemas.append(without_views(schema.empty_table()).schema.remove_metadata())
@@ -412,7 +412,7 @@ class ParquetTables:
                             raise RecordError(f"{path}: {rejects.summary()}")
                         yield start, table
                         start += table.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise RecordError(f"{path}: row group {block.row_group} cannot be read ({error})") from error
 
 
