@@ -254,6 +254,20 @@ def test_sketches_merge_within_the_bound():
     assert rank_error(merged, values) <= (1 + math.log2(64)) / 4096
 
 
+def test_a_compact_sketch_is_as_small_as_one_batch_and_loses_little():
+    values = np.random.default_rng(0).lognormal(size=300_000)
+    sketch = QuantileSketch()
+    for part in np.array_split(values, 255):
+        sketch.update(part)
+    before = len(sketch.to_json()), len(str(sketch.to_json()))
+    error = rank_error(sketch, values)
+    sketch.compact()
+    after = len(sketch.to_json()), len(str(sketch.to_json()))
+    assert (before[0], after[0]) == (8, 1)
+    assert after[1] < before[1] / 3
+    assert rank_error(sketch, values) <= error + 1 / 2048
+
+
 def test_sketches_draw_no_random_numbers():
     values = np.random.default_rng(1).normal(size=50_000)
     sketches = [QuantileSketch(), QuantileSketch()]

@@ -102,10 +102,11 @@ class TrainingConfig(_Config):
         learning_rate: Adam's, at its peak; decays to 2 % of it over `max_steps` (cosine).
         kl_warmup: Share of `max_steps` over which beta rises from 0.
         patience: Stop after this many validations without a better loss. None never stops early.
-        validation_fraction: Rows held out for early stopping, at most 20,000.
-        calibration_fraction: Rows used for nothing but calibration, at most 100,000; None takes
-            10 %, or more where that is under 1,000 rows. Tables under 1,000 rows are calibrated by
-            cross-conformal folds instead.
+        validation_fraction: Rows held out for early stopping, at most 20,000; fewer of tables with
+            more than 800 columns.
+        calibration_fraction: Rows used for nothing but calibration, at most 100,000 and fewer of
+            tables with more than 600 columns; None takes 10 %, or more where that is under 1,000
+            rows. Tables under 1,000 rows are calibrated by cross-conformal folds instead.
         time_column: Calibrate on the last block of time in this column, instead of on random rows.
         false_positive_rate: Share of normal rows labelled anomalous, which sets the threshold.
         contamination: Share of anomalies expected in the data; sets the threshold instead.

@@ -195,6 +195,7 @@ def fit(
     statistics, num_rows = collect_statistics(tables, kinds, split, report)
     forced = [*numeric, *categorical, *timestamp]
     schema = infer_schema(statistics, tables.schema, passthrough, forced)
+    statistics.compact()  # for the bundle: of wide tables they would be its largest part by far
     checkpoint = f"{output.rstrip('/')}.checkpoint" if output else None
     num_train = int(num_rows[TRAIN])
     steps = _Steps(tables, schema, statistics, config, training, split, report, num_train, checkpoint, resume)
