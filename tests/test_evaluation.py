@@ -132,7 +132,9 @@ def test_neither_the_order_of_rows_nor_the_scale_of_scores_matters():
 
 
 @pytest.mark.parametrize(
-    "column", [list, np.array, pd.Series, pa.array, lambda x: pa.chunked_array([x[:2], x[2:]])], ids=str
+    "column",
+    [list, np.array, pd.Series, pa.array, lambda x: pa.chunked_array([x[:2], x[2:]])],
+    ids=["list", "numpy", "pandas", "arrow", "chunked"],  # without addresses, so that pytest -n collects the same
 )
 def test_columns_of_any_library_are_read(column):
     for labels in ([1, 0, 0, 1], [True, False, False, True], [1.0, 0.0, 0.0, 1.0]):
