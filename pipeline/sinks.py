@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+from apache_beam.io.filebasedsink import FileBasedSink
+from apache_beam.io.filesystem import CompressionTypes
 
 from pipeline.records import DEAD_LETTER_SCHEMA, json_rows, text_cells
 from pipeline.sources import format_of, split_suffix
+from vae_model.overlap import TableWriter
 
 
 @dataclass
@@ -44,9 +48,7 @@ class WriteTables(beam.PTransform):
         file_format = format_of(self.path, self.file_format)
         prefix, suffix = destination(self.path, file_format, self.name)
         if file_format == "parquet":
-            return tables | "WriteParquet" >> beam.io.WriteToParquetBatched(
-                prefix, self.schema, codec="zstd", file_name_suffix=suffix
-            )
+            return tables | "WriteParquet" >> beam.io.Write(_ParquetSink(prefix, suffix, self.schema))
         encode = _csv_text if file_format == "csv" else _json_text
         header = _csv_text(self.schema.empty_table(), header=True) if file_format == "csv" else None
         return (
@@ -69,6 +71,32 @@ def destination(path: str, file_format: str, name: str = "scored") -> tuple[str,
     if format_of(path) != file_format:
         raise ValueError(f"{path}: expected a name that ends in .{file_format}, got {suffix}")
     return prefix, suffix
+
+
+class _ParquetSink(FileBasedSink):
+    """As Beam's own, but written behind, and with dictionaries only for the columns that they make smaller."""
+
+    def __init__(self, prefix: str, suffix: str, schema: pa.Schema) -> None:
+        super().__init__(
+            prefix,
+            coder=None,
+            file_name_suffix=suffix,
+            mime_type="application/x-parquet",
+            compression_type=CompressionTypes.UNCOMPRESSED,  # columns are compressed, not the file
+        )
+        self._schema = schema
+
+    def open(self, temp_path: str) -> tuple[Any, TableWriter]:
+        stream = super().open(temp_path)
+        return stream, TableWriter(stream, self._schema)
+
+    def write_record(self, opened: tuple[Any, TableWriter], table: pa.Table) -> None:
+        opened[1].write(table)
+
+    def close(self, opened: tuple[Any, TableWriter]) -> None:
+        stream, writer = opened
+        writer.close()
+        stream.close()
 
 
 @dataclass
