@@ -17,10 +17,12 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from pipeline.letters import KIND_PREFIX, NAMESPACE
 from pipeline.options import add_arguments, check
-from pipeline.sinks import WriteDeadLetters, WriteTables, leftovers, remove_leftovers, written_files
+from pipeline.sinks import WriteDeadLetters, WriteTables, remove_leftovers, written_files
 from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
+
+LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 
 class ScoringOptions(PipelineOptions):
@@ -132,7 +134,6 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
     old = _output_files(options)
-    left = [folder for place in _places(options) for folder in leftovers(*place)]
     start = time.perf_counter()
     try:
         result = pipeline.run()
@@ -144,10 +145,12 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
         marker = DeadLetterLimitError.__name__
         if marker in str(error):
             text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
-            _clean_up(options, old, left)
+            _clean_up(options, old)
             raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
+        if runner_of(list(argv or ())) in LOCAL_RUNNERS:  # elsewhere the job may go on, only this wait has failed
+            _remove_temporary(options)
         raise
-    _clean_up(options, old, left)
+    _clean_up(options, old)
     return summarize(result, time.perf_counter() - start, options)
 
 
@@ -205,15 +208,19 @@ def _output_files(options: Any) -> dict[str, float]:
     return {path: when for place in _places(options) for path, when in written_files(*place).items()}
 
 
-def _clean_up(options: Any, old: dict[str, float], left: Sequence[str]) -> None:
-    """Removes what earlier jobs left, now that the new files are in their places.
+def _clean_up(options: Any, old: dict[str, float]) -> None:
+    """Removes shards of earlier jobs that this one did not replace, now that its own are whole, and temporary files.
 
-    These are shards that they did not replace (a store that does not tell when a file was written, 0, keeps them),
-    and temporary files of jobs that were killed.
+    A store that does not tell when a file was written (0) keeps its shards.
     """
     if stale := [path for path, written in _output_files(options).items() if written and old.get(path) == written]:
         FileSystems.delete(stale)
-    remove_leftovers(left)
+    _remove_temporary(options)
+
+
+def _remove_temporary(options: Any) -> None:
+    for place in _places(options):
+        remove_leftovers(*place)
 
 
 def _refuse_old_output(options: Any, input_files: Sequence[str]) -> None:

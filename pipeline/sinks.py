@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,22 +89,15 @@ def written_files(path: str, name: str = "scored") -> dict[str, float]:
     return {item.path: item.last_updated_in_seconds for item in found if _SHARD.search(item.path)}
 
 
-def leftovers(path: str, name: str = "scored") -> list[str]:
-    """Folders of temporary files at a place, which killed or failed writes left."""
+def remove_leftovers(path: str, name: str = "scored") -> None:
+    """Deletes the temporary files at a place, which killed or failed writes left."""
     start = _temporary(_prefix(path, name))
-    found = {item.path.rpartition("/")[0] for item in FileSystems.match([f"{start}*/*"])[0].metadata_list}
-    if "://" not in start:  # where a folder may be empty
-        found.update(glob.glob(f"{glob.escape(start)}*"))
-    return sorted(found)
-
-
-def remove_leftovers(folders: Sequence[str]) -> None:
-    """Deletes such folders."""
-    for folder in folders:
-        if "://" in folder:
-            FileSystems.delete([f"{folder}/"])
-        else:
+    if "://" not in start:
+        for folder in glob.glob(f"{glob.escape(start)}*"):
             shutil.rmtree(folder, ignore_errors=True)
+        return
+    found = FileSystems.match([f"{start}*/*"])[0].metadata_list
+    FileSystems.delete([item.path for item in found])
 
 
 def _temporary(prefix: str) -> str:

@@ -29,9 +29,9 @@ def job(source, output, bundle_uri, *more) -> list[str]:
     return [sys.executable, "-m", "pipeline", *flags, *more]
 
 
-def score(source, output, bundle_uri, *more) -> list[str]:
+def score(source, output, bundle_uri) -> list[str]:
     flags = [f"--input={source}/*.parquet", f"--output={output}", f"--bundle={bundle_uri}"]
-    return [sys.executable, "-m", "beam_vae", "score", *flags, *more]
+    return [sys.executable, "-m", "beam_vae", "score", *flags]
 
 
 def finish(command) -> subprocess.CompletedProcess:
@@ -145,3 +145,41 @@ def test_a_killed_score_leaves_no_file_and_a_rerun_is_as_if_nothing_had_been(sou
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed.read_bytes()
     assert os.listdir(out.parent) == ["scored.parquet"]
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A filesystem of 2 MiB, less than what is written in these tests."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"cannot mount a small filesystem: {mount.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("command", [job, score])
+def test_a_full_disk_is_told_in_one_line_and_leaves_no_file(command, source, bundle_uri, full_disk):
+    done = finish(command(source, full_disk / "out/x.parquet", bundle_uri))
+    assert done.returncode == 1
+    assert "No space left on device" in told(done)
+    assert contents(full_disk) == {}
+
+
+@pytest.mark.parametrize("command", [job, score])
+def test_an_output_that_cannot_be_made_is_told_in_one_line(command, source, bundle_uri, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = finish(command(source, tmp_path / "file/x.parquet", bundle_uri))
+    assert done.returncode == 1
+    assert str(tmp_path / "file") in told(done)
+    assert contents(tmp_path) == {"file": b"no folder"}
+
+
+def told(done: subprocess.CompletedProcess) -> str:
+    """The one line of an error."""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("beam-vae: error: ")
+    return line
