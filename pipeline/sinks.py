@@ -17,6 +17,7 @@ from apache_beam.io.filebasedsink import FileBasedSink
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.records import DEAD_LETTER_SCHEMA, json_rows, text_cells
 from pipeline.sources import format_of, split_suffix
 from vae_model.overlap import TableWriter

@@ -27,6 +27,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.records import SOURCE_KEY, dead_letters, file_letter, json_lines, line_letters, parse_json_lines
 from vae_model.overlap import ahead
