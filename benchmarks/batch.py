@@ -1,11 +1,16 @@
 """Batch scoring, Parquet to Parquet: our Beam job against Beam's own ways, PyOD, and a floor without Beam.
 
-    python -m benchmarks.batch [--rows 100000 1000000] [--folder DIR] [--out FILE.csv]
+    python -m benchmarks.batch [speed] [--rows 100000 1000000] [--folder DIR] [--out FILE.csv]
+    python -m benchmarks.batch memory [--gib 5]
 
 Every contender runs in a process of its own, on the same files, with the same trained network. Times are wall clock
 from the launch of the pipeline (or of the loop) to the last file, model loading included, Python's own start and
-imports not; marginal rows/s come from two sizes, so that start-up drops out. Slow contenders run on fewer rows, as
-the table says. Needs tensorflow_hub, and pyod with torch; a contender whose library is absent is left out.
+imports not; marginal rows/s come from two sizes, so that start-up drops out. CPU time, of all threads, is what a busy
+machine hardly changes. Slow contenders run on fewer rows, as the table says. Needs tensorflow_hub, and pyod with
+torch; a contender whose library is absent is left out.
+
+`memory` scores one table and prints the peak resident memory, less that of a process that has only imported the
+libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +19,10 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -74,7 +82,7 @@ def floor(source: Path, output: Path, folder: Path) -> None:
     output.mkdir(parents=True)
     with pq.ParquetFile(source) as file:
         schema = file.schema_arrow.append(pa.field("anomaly_score", pa.float32()))
-        with pq.ParquetWriter(output / "scored.parquet", schema, compression="zstd") as writer:
+        with pq.ParquetWriter(output / "scored.parquet", schema, compression="zstd", use_dictionary=False) as writer:
             for batch in file.iter_batches(16_384):
                 columns = [column.to_numpy() for column in batch.columns]
                 x = ((np.stack(columns, axis=1) - mean) / stddev).astype(np.float32)
@@ -165,14 +173,14 @@ def run_inference_on_tables(source: Path, output: Path, folder: Path) -> None:
 def _pyod(source: Path, output: Path, detector: Any) -> None:
     training = make_table(5000, 30, 0, 1).to_pandas().to_numpy()
     detector.fit(training)
-    start = time.perf_counter()
+    start = now()
     table = pq.read_table(source)
     scores = detector.decision_function(table.to_pandas().to_numpy())
     output.mkdir(parents=True)
     pq.write_table(
         table.append_column("anomaly_score", pa.array(scores)), output / "scored.parquet", compression="zstd"
     )
-    raise _Timed(time.perf_counter() - start)  # training is no part of scoring
+    raise _Timed(*since(start))  # training is no part of scoring
 
 
 def pyod_vae(source: Path, output: Path, folder: Path) -> None:
@@ -194,9 +202,10 @@ class _Timed(Exception):
     """A contender that took its own time."""
 
 
+OURS = "beam-vae run"
 # name: function, table, share of the rows, libraries
 CONTENDERS: dict[str, tuple[Callable[[Path, Path, Path], None], str, float, tuple[str, ...]]] = {
-    "beam-vae run": (beam_job, "numeric", 1, ()),
+    OURS: (beam_job, "numeric", 1, ()),
     "beam-vae run, default quality": (beam_job_default, "numeric", 1, ()),
     "beam-vae run, mixed table": (beam_job_mixed, "mixed", 1, ()),
     "beam-vae score (no Beam)": (python_score, "numeric", 1, ()),
@@ -248,26 +257,37 @@ def _keras_model(folder: Path) -> Any:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measure(name: str, source: Path, output: Path, folder: Path) -> float:
-    """Seconds of one contender on one file, in this process."""
+def measure(name: str, source: Path, output: Path, folder: Path) -> tuple[float, float]:
+    """Seconds by the clock and of CPU time of one contender on one file, in this process."""
     from vae_model.backend import load_quietly
 
     load_quietly()
     import apache_beam  # noqa: F401
 
     function = CONTENDERS[name][0]
-    start = time.perf_counter()
+    start = now()
     try:
         function(source, output, folder)
     except _Timed as timed:
-        return float(timed.args[0])
-    return time.perf_counter() - start
+        return timed.args
+    return since(start)
+
+
+def now() -> tuple[float, float]:
+    """The clock and the CPU time of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Seconds of both."""
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def stages(source: Path, bundle: str) -> dict[str, float]:
     """Seconds in each stage of scoring one file, in one thread of Python."""
     from vae_model.bundle import load_bundle
     from vae_model.encoding import encode
+    from vae_model.overlap import table_writer
 
     loaded = load_bundle(bundle)
     loaded.verify()
@@ -282,48 +302,88 @@ def stages(source: Path, bundle: str) -> dict[str, float]:
     with pq.ParquetFile(source) as file:
         batches = iter(file.iter_batches(16_384))
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, file.schema_arrow, compression="zstd") as writer:
+        with table_writer(sink, file.schema_arrow) as writer:
             while (batch := timed("read", lambda: next(batches, None))) is not None:
                 table = pa.Table.from_batches([batch])
                 encoded = timed("encode", lambda table=table: encode(table, loaded.schema, loaded.config.views))
                 scores = timed("network", lambda encoded=encoded: loaded.scorer.score(encoded.inputs))
                 timed("calibrate", lambda scores=scores: loaded.calibration.p_values(scores.score))
                 timed("reasons (3)", lambda t=table, e=encoded, s=scores: loaded._explain(t, e, s, 3))
-                timed("write", lambda table=table: writer.write_table(table))
+                timed("write", lambda table=table: writer._write(table))
     return spent
+
+
+def memory(gib: float, folder: Path) -> None:
+    """Prints the peak memory of scoring one table."""
+    rows = int(gib * 2**30 / 240)
+    source = write_table(folder / f"memory-{rows}.parquet", rows)
+    idle = _this_program("--peak", "idle", source, folder / "out-memory")
+    table = Table(
+        title=f"{rows:,} rows, {gib:g} GiB as float64: peak memory less {idle / 1024:,.0f} MiB of an idle one"
+    )
+    for heading in ("", "peak MiB", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in (OURS, "beam-vae score (no Beam)"):
+        start = time.perf_counter()
+        output = folder / f"out-{time.time_ns()}"
+        peak = _this_program("--folder", folder, "--peak", name, source, output) - idle
+        shutil.rmtree(output)
+        table.add_row(name, f"{peak / 1024:,.0f}", f"{time.perf_counter() - start:.0f}")
+    Console(width=130).print(table)
+
+
+def _peak(name: str, source: Path, output: Path, folder: Path) -> int:
+    """KiB at most of one contender, or of none, in this process."""
+    if name == "idle":
+        from vae_model.backend import load_quietly
+
+        load_quietly()
+        import apache_beam  # noqa: F401
+    else:
+        measure(name, source, output, folder)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["speed", "memory"], default="speed")
+    parser.add_argument("--gib", type=float, default=5, help="Of `memory`: the table's size as float64.")
     parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 1_000_000], help="Two sizes.")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/scratch"), help="For tables and models.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Contenders whose name contains one of these.")
     parser.add_argument("--repeats", type=int, default=3, help="Runs of each; the fastest counts.")
     parser.add_argument("--out", type=Path, help="CSV file for every run.")
-    parser.add_argument("--one", nargs=3, metavar=("NAME", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    for hidden in ("--one", "--peak"):
+        parser.add_argument(hidden, nargs=3, metavar=("NAME", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        name, source, output = args.one
-        print(json.dumps(measure(name, Path(source), Path(output), args.folder)))
+    if given := args.one or args.peak:
+        name, source, output = given
+        function = measure if args.one else _peak
+        print(json.dumps(function(name, Path(source), Path(output), args.folder)))
         return
     prepare(args.folder)
-    console = Console()
+    if args.what == "memory":
+        memory(args.gib, args.folder)
+        return
+    console = Console(width=130)
     runs: list[dict[str, Any]] = []
+    chosen = {}
     for name, (_, kind, share, libraries) in CONTENDERS.items():
         if args.only and not any(part in name for part in args.only):
             continue
         if absent := [library for library in libraries if importlib.util.find_spec(library) is None]:
             console.print(f"left out: {name} needs {', '.join(absent)}")
             continue
-        for rows in args.rows:
-            size = int(rows * share)
-            shape = (30, 0) if kind == "numeric" else (10, 10)
-            source = write_table(args.folder / f"{kind}-{size}.parquet", size, *shape)
-            for repeat in range(args.repeats):
-                seconds = _in_a_process(name, source, args.folder)
-                runs.append({"name": name, "rows": size, "repeat": repeat, "seconds": seconds})
-                console.print(f"{name}: {size:,} rows, {seconds:.2f} s", style="dim")
+        chosen[name] = (30, 0) if kind == "numeric" else (10, 10), kind, share
+    # In turn: what else the machine does then meets them all.
+    for repeat in range(args.repeats):
+        for name, (shape, kind, share) in chosen.items():
+            for size in (int(rows * share) for rows in args.rows):
+                source = write_table(args.folder / f"{kind}-{size}.parquet", size, *shape)
+                seconds, cpu = _in_a_process(name, source, args.folder)
+                runs.append({"name": name, "rows": size, "repeat": repeat, "seconds": seconds, "cpu_seconds": cpu})
+                console.print(f"{name}: {size:,} rows, {seconds:.2f} s, CPU {cpu:.2f} s", style="dim")
     if args.out:
         with args.out.open("w") as file:
             writer = csv.DictWriter(file, runs[0])
@@ -335,50 +395,65 @@ def main() -> None:
         report_stages(console, bundle, args.rows[0], stages(source, str(args.folder / bundle)))
 
 
-def _in_a_process(name: str, source: Path, folder: Path) -> float:
+def _in_a_process(name: str, source: Path, folder: Path) -> tuple[float, float]:
     output = folder / f"out-{time.time_ns()}"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.batch",
-        "--folder",
-        str(folder),
-        "--one",
-        name,
-        str(source),
-        str(output),
-    ]
+    try:
+        seconds, cpu_seconds = _this_program("--folder", folder, "--one", name, source, output)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return seconds, cpu_seconds
+
+
+def _this_program(*arguments: Any) -> Any:
+    """What it prints last, from JSON."""
+    command = [sys.executable, "-m", "benchmarks.batch", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    subprocess.run(["rm", "-rf", str(output)], check=True)
     if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+        raise RuntimeError(f"{arguments} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def report(console: Console, runs: list[dict[str, Any]]) -> None:
     """Rows/s of each contender, and how many times ours they are."""
-    best: dict[str, dict[int, float]] = {}
-    for item in runs:
-        sizes = best.setdefault(item["name"], {})
-        sizes[item["rows"]] = min(item["seconds"], sizes.get(item["rows"], float("inf")))
-    marginal = {}
-    for name, sizes in best.items():
-        (small, fast), (large, slow) = sorted(sizes.items())
-        marginal[name] = (large - small) / max(slow - fast, 1e-9)
-    ours = marginal.get("beam-vae run")
+    marginal = {key: _marginal(runs, key) for key in ("seconds", "cpu_seconds")}
     cores = len(os.sched_getaffinity(0))
     table = Table(
         title=f"Parquet to Parquet, 30 float64 columns (240 bytes a row), {cores} cores, 64-32-8 network, S = 1"
     )
-    for heading in ("", "rows", "seconds", "rows/s", "marginal rows/s", "ours / its"):
+    for heading in ("", "rows", "seconds", "marginal rows/s", "ours / its", "CPU µs a row", "its / ours"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, sizes in best.items():
-        rows, seconds = max(sizes.items())
-        times = " / ".join(f"{value:.2f}" for _, value in sorted(sizes.items()))
-        ratio = f"{ours / marginal[name]:.2f}" if ours else ""
-        counts = " / ".join(f"{value:,}" for value in sorted(sizes))
-        table.add_row(name, counts, times, f"{rows / seconds:,.0f}", f"{marginal[name]:,.0f}", ratio)
+    for name, per_row in marginal["seconds"].items():
+        fastest = _fastest(runs, name, "seconds")
+        cpu = marginal["cpu_seconds"][name]
+        ours = {key: found.get(OURS, math.nan) for key, found in marginal.items()}
+        table.add_row(
+            name,
+            " / ".join(f"{rows:,}" for rows in fastest),
+            " / ".join(f"{seconds:.2f}" for seconds in fastest.values()),
+            f"{1 / per_row:,.0f}",
+            f"{per_row / ours['seconds']:.2f}",
+            f"{1e6 * cpu:.2f}",
+            f"{cpu / ours['cpu_seconds']:.2f}",
+        )
     console.print(table)
+
+
+def _fastest(runs: list[dict[str, Any]], name: str, key: str) -> dict[int, float]:
+    """Seconds of the fastest run by the number of rows, ascending."""
+    found: dict[int, float] = {}
+    for run in runs:
+        if run["name"] == name:
+            found[run["rows"]] = min(run[key], found.get(run["rows"], math.inf))
+    return dict(sorted(found.items()))
+
+
+def _marginal(runs: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """Seconds for one row more, by contender."""
+    marginal = {}
+    for name in dict.fromkeys(run["name"] for run in runs):
+        (small, fast), (large, slow) = _fastest(runs, name, key).items()
+        marginal[name] = max(slow - fast, 1e-9) / (large - small)
+    return marginal
 
 
 def report_stages(console: Console, bundle: str, rows: int, spent: dict[str, float]) -> None:

@@ -13,7 +13,6 @@ from pipeline.options import add_arguments, check
 from vae_model.cli import formatter, guarded
 
 RUN_HELP = "Score files in a Beam job: every record ends up scored or among the dead letters."
-_LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 
 def add_commands(commands: Any) -> None:
@@ -60,10 +59,12 @@ def run_job(args: argparse.Namespace) -> int:
     runner = run.runner_of(args.others)
     if runner != "PortableRunner":  # whose job server may know flags of its own
         run.refuse_unknown_flags(args.others)
-    if runner in _LOCAL_RUNNERS:
+    if runner in run.LOCAL_RUNNERS:
         from vae_model.backend import load_quietly
 
         load_quietly()
+        if not args.traceback:  # Beam logs an error with its traceback, and then raises it
+            logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     else:
         logging.getLogger().setLevel(logging.INFO)  # job ids, links and states
     summary = run.run(args.argv)

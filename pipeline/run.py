@@ -17,10 +17,12 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from pipeline.letters import KIND_PREFIX, NAMESPACE
 from pipeline.options import add_arguments, check
-from pipeline.sinks import WriteDeadLetters, WriteTables
+from pipeline.sinks import WriteDeadLetters, WriteTables, remove_leftovers, written_files
 from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
+
+LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
 
 
 class ScoringOptions(PipelineOptions):
@@ -99,17 +101,20 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     required = tuple(schema.names)
     read = pipeline | "ReadTables" >> ReadTables(options.input, typed, input_format, required=required)
     scored = read.tables | "ScoreTables" >> score
-    scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
+    scored_files = scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
     letters = (read.dead_letters, scored.dead_letters) | "AllDeadLetters" >> beam.Flatten()
-    letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
+    letter_files = letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
     counts = (
         scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0, 0)),
         letters | "CountDeadLetters" >> beam.Map(lambda table: (0, _num_records(table), _num_unknown(table))),
     ) | "AllCounts" >> beam.Flatten()
+    written = (scored_files, letter_files) | "AllFiles" >> beam.Flatten()
+    check_letters = _CheckDeadLetters(options.max_dead_letter_fraction, len(input_files))
     (
         counts
         | "SumCounts" >> beam.CombineGlobally(_sums)
-        | "CheckDeadLetters" >> beam.ParDo(_CheckDeadLetters(options.max_dead_letter_fraction, len(input_files)))
+        # After the files are in their places, where whoever is told of too many letters looks for them.
+        | "CheckDeadLetters" >> beam.ParDo(check_letters, beam.pvalue.AsIter(written))
     )
 
 
@@ -140,12 +145,12 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
         marker = DeadLetterLimitError.__name__
         if marker in str(error):
             text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
+            _clean_up(options, old)
             raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
+        if runner_of(list(argv or ())) in LOCAL_RUNNERS:  # elsewhere the job may go on, only this wait has failed
+            _remove_temporary(options)
         raise
-    # Only now that the new files are whole: shards of an earlier run that they did not replace. A store that
-    # does not tell when a file was written (0) keeps them.
-    if stale := [path for path, written in _output_files(options).items() if written and old.get(path) == written]:
-        FileSystems.delete(stale)
+    _clean_up(options, old)
     return summarize(result, time.perf_counter() - start, options)
 
 
@@ -193,16 +198,29 @@ def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
     return pa.schema(fields)
 
 
+def _places(options: Any) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Where the job writes, and the files' name in a directory."""
+    return (options.output, "scored"), (dead_letter_place(options), "dead_letters")
+
+
 def _output_files(options: Any) -> dict[str, float]:
-    """Files where the job writes, in any format, with the time when each was written."""
-    places = [(options.output, "scored"), (dead_letter_place(options), "dead_letters")]
-    patterns = []
-    for place, name in places:
-        stem, suffix = split_suffix(place)
-        prefix = stem if suffix else f"{place.rstrip('/')}/{name}"
-        patterns.append(f"{prefix}-*-of-*{suffix}")
-    found = [metadata for result in FileSystems.match(patterns) for metadata in result.metadata_list]
-    return {metadata.path: metadata.last_updated_in_seconds for metadata in found}
+    """Files of earlier jobs where this one writes, with the time when each was written."""
+    return {path: when for place in _places(options) for path, when in written_files(*place).items()}
+
+
+def _clean_up(options: Any, old: dict[str, float]) -> None:
+    """Removes shards of earlier jobs that this one did not replace, now that its own are whole, and temporary files.
+
+    A store that does not tell when a file was written (0) keeps its shards.
+    """
+    if stale := [path for path, written in _output_files(options).items() if written and old.get(path) == written]:
+        FileSystems.delete(stale)
+    _remove_temporary(options)
+
+
+def _remove_temporary(options: Any) -> None:
+    for place in _places(options):
+        remove_leftovers(*place)
 
 
 def _refuse_old_output(options: Any, input_files: Sequence[str]) -> None:
@@ -232,7 +250,7 @@ class _CheckDeadLetters(beam.DoFn):
     def __init__(self, max_fraction: float, num_files: int) -> None:
         self._max_fraction, self._num_files = max_fraction, num_files
 
-    def process(self, counts: tuple[int, int, int]) -> None:
+    def process(self, counts: tuple[int, int, int], written: Iterable[str]) -> None:
         scored, letters, unreadable = counts
         limit = f"more than max_dead_letter_fraction = {self._max_fraction:g} allows"
         if letters > self._max_fraction * (scored + letters):

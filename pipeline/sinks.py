@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import io
+import re
+import shutil
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+from apache_beam.io.filebasedsink import FileBasedSink
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
 
+import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.records import DEAD_LETTER_SCHEMA, json_rows, text_cells
 from pipeline.sources import format_of, split_suffix
+from vae_model.overlap import TableWriter
+
+_SHARD = re.compile(r"-\d{5,}-of-\d{5,}(\.\w+)+$")
 
 
 @dataclass
@@ -44,16 +56,13 @@ class WriteTables(beam.PTransform):
         file_format = format_of(self.path, self.file_format)
         prefix, suffix = destination(self.path, file_format, self.name)
         if file_format == "parquet":
-            return tables | "WriteParquet" >> beam.io.WriteToParquetBatched(
-                prefix, self.schema, codec="zstd", file_name_suffix=suffix
-            )
+            return tables | "WriteParquet" >> beam.io.Write(_ParquetSink(prefix, suffix, self.schema))
         encode = _csv_text if file_format == "csv" else _json_text
-        header = _csv_text(self.schema.empty_table(), header=True) if file_format == "csv" else None
+        header = _csv_text(self.schema.empty_table(), header=True) if file_format == "csv" else b""
         return (
             tables
             | "Format" >> beam.Map(encode).with_output_types(bytes)
-            | "WriteText"
-            >> beam.io.WriteToText(prefix, file_name_suffix=suffix, append_trailing_newlines=False, header=header)
+            | "WriteText" >> beam.io.Write(_TextSink(prefix, suffix, header))
         )
 
 
@@ -63,12 +72,89 @@ def destination(path: str, file_format: str, name: str = "scored") -> tuple[str,
     Raises:
         ValueError: The suffix of the path is of another format.
     """
-    prefix, suffix = split_suffix(path)
-    if not suffix:
-        return f"{path.rstrip('/')}/{name}", f".{file_format}"
-    if format_of(path) != file_format:
+    suffix = split_suffix(path)[1]
+    if suffix and format_of(path) != file_format:
         raise ValueError(f"{path}: expected a name that ends in .{file_format}, got {suffix}")
-    return prefix, suffix
+    return _prefix(path, name), suffix or f".{file_format}"
+
+
+def _prefix(path: str, name: str) -> str:
+    stem, suffix = split_suffix(path)
+    return stem if suffix else f"{path.rstrip('/')}/{name}"
+
+
+def written_files(path: str, name: str = "scored") -> dict[str, float]:
+    """Files that earlier writes left at a place, in any format, and when each was written (0: not known)."""
+    pattern = f"{_prefix(path, name)}-*-of-*{split_suffix(path)[1]}"
+    found = FileSystems.match([pattern])[0].metadata_list
+    return {item.path: item.last_updated_in_seconds for item in found if _SHARD.search(item.path)}
+
+
+def remove_leftovers(path: str, name: str = "scored") -> None:
+    """Deletes the temporary files at a place, which killed or failed writes left."""
+    start = _temporary(_prefix(path, name))
+    if "://" not in start:
+        for folder in glob.glob(f"{glob.escape(start)}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    found = FileSystems.match([f"{start}*/*"])[0].metadata_list
+    FileSystems.delete([item.path for item in found])
+
+
+def _temporary(prefix: str) -> str:
+    folder, name = FileSystems.split(prefix)
+    return str(FileSystems.join(folder, f".beam-temp-{name}-"))
+
+
+class _Sink(FileBasedSink):
+    """Writes files beside their place, in a folder that readers of it skip for its dot, and moves them there."""
+
+    def initialize_write(self) -> str:
+        folder = f"{_temporary(self.file_path_prefix.get())}{uuid.uuid4().hex}"
+        FileSystems.mkdirs(folder)
+        return folder
+
+
+class _ParquetSink(_Sink):
+    """As Beam's own, but written behind, and with dictionaries only for the columns that they make smaller."""
+
+    def __init__(self, prefix: str, suffix: str, schema: pa.Schema) -> None:
+        super().__init__(
+            prefix,
+            coder=None,
+            file_name_suffix=suffix,
+            mime_type="application/x-parquet",
+            compression_type=CompressionTypes.UNCOMPRESSED,  # columns are compressed, not the file
+        )
+        self._schema = schema
+
+    def open(self, temp_path: str) -> tuple[Any, TableWriter]:
+        stream = super().open(temp_path)
+        return stream, TableWriter(stream, self._schema)
+
+    def write_record(self, opened: tuple[Any, TableWriter], table: pa.Table) -> None:
+        opened[1].write(table)
+
+    def close(self, opened: tuple[Any, TableWriter]) -> None:
+        stream, writer = opened
+        writer.close()
+        stream.close()
+
+
+class _TextSink(_Sink):
+    """Writes bytes one after the other, each file with a header."""
+
+    def __init__(self, prefix: str, suffix: str, header: bytes) -> None:
+        super().__init__(prefix, coder=None, file_name_suffix=suffix, mime_type="text/plain")
+        self._header = header
+
+    def open(self, temp_path: str) -> Any:
+        stream = super().open(temp_path)
+        stream.write(self._header)
+        return stream
+
+    def write_record(self, stream: Any, text: bytes) -> None:
+        stream.write(text)
 
 
 @dataclass

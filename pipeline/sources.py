@@ -27,6 +27,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.records import (
     MAX_LINE_BYTES,
@@ -37,6 +38,7 @@ from pipeline.records import (
     line_letters,
     parse_json_lines,
 )
+from vae_model.overlap import ahead
 from vae_model.tables import conform, is_text, rechunk
 
 _LOG = logging.getLogger(__name__)
@@ -373,7 +375,7 @@ class _Read(beam.DoFn):
         path, run = element
         row_groups = [row_group for row_group, _ in run or ()]
         read = partial(_READERS[self._file_format], path, row_groups, self._schema, self._max_rows)
-        parts = _try_again(path, _NewParts(read))
+        parts = ahead(_try_again(path, _NewParts(read)))
         num_read = 0
         error: Exception | None = None
         while True:

@@ -12,6 +12,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 
+import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.models import shared_bundle
 from pipeline.records import SOURCE_KEY, dead_letters

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vae_model import files
 from vae_model.bundle import Bundle, score_fields
 from vae_model.fitting import labels
+from vae_model.overlap import ahead, table_writer
 from vae_model.tables import RecordError, open_tables
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -61,13 +61,13 @@ def score_files(
     schema = pa.schema([tables.schema.field(name) for name in kept] + added)
     needed = list(dict.fromkeys([*kept, *bundle.schema.names]))
     num_anomalies = 0
-    with files.new_file(output) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for start, table in tables.scan(needed):
+    with files.new_file(output) as stream, table_writer(stream, schema) as writer:
+        for start, table in ahead(tables.scan(needed)):
             for scored, rejects in bundle.score_tables([table], reasons=reasons, threshold=threshold, prefix=prefix):
                 if len(rejects):
                     raise RecordError(f"in rows from {start:,}: {rejects.summary()}")
                 num_anomalies += pc.sum(scored.column(f"{prefix}is_anomaly")).as_py() or 0
-                writer.write_table(scored.select(kept + [item.name for item in added]))
+                writer.write(scored.select(kept + [item.name for item in added]))
             if on_progress:
                 on_progress("scoring", start + table.num_rows, tables.num_rows, {})
     return tables.num_rows, num_anomalies

@@ -238,7 +238,7 @@ class Bundle:
             pa.array(score),
             pa.array(self.calibration.p_values(score), pa.float32()),
             pa.array(score >= limit),
-            pa.array(np.full(len(score), self.model_version)),
+            pa.repeat(self.model_version, len(score)),
         ]
         if reasons:
             columns.insert(3, self._explain(table, encoded, scores, reasons))
