@@ -125,7 +125,6 @@ class NumericFeature(Feature):
 
     def from_standard(self, z: np.ndarray) -> np.ndarray:
         """Values of z-scores, kept within the training values."""
-        z = z.astype(np.float64)  # of the network's float32, which ends at 3e38
         beyond = np.maximum(np.abs(z) / _LINEAR_STDDEVS - 1, 0)
         with np.errstate(over="ignore"):
             z = np.where(beyond > 0, np.copysign(_LINEAR_STDDEVS * np.exp(np.minimum(beyond, 700)), z), z)

@@ -475,8 +475,9 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     if pa.types.is_temporal(column.type):
         return np.full(len(column), np.nan), np.flatnonzero(_valid(column))
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):  # there is no cell that does not fit
-        return column.cast(pa.float64(), safe=False).to_numpy(), np.empty(0, np.int64)
-    numbers, bad = cast_cells(column, pa.float64())
+        numbers, bad = column.cast(pa.float64(), safe=False), np.empty(0, np.int64)
+    else:
+        numbers, bad = cast_cells(column, pa.float64())
     values = numbers.to_numpy()
     subnormal = (np.abs(values) < np.finfo(np.float64).tiny) & (values != 0)
     return np.where(subnormal, 0.0, values) if subnormal.any() else values, bad
