@@ -99,12 +99,14 @@ class Case:
         refused: What the error says, in Python and before the job starts.
         bad_rows: Rows that are dead letters in the job and `RecordError`s, told by `error`, in Python.
         error: See there.
+        in_job: Whether the job may make a difference, so that one is run.
     """
 
     change: Callable[[pa.Table], pa.Table]
     refused: str | None = None
     bad_rows: int = 0
     error: str = ""
+    in_job: bool = True
 
 
 def put(name: str, cells: Any, kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
@@ -132,13 +134,13 @@ INFINITE = "length: expected a finite number, got an infinite one"
 CASES = {
     # how many
     "no rows": Case(lambda table: table.slice(0, 0)),
-    "one row": Case(lambda table: table.slice(0, 1)),
+    "one row": Case(lambda table: table.slice(0, 1), in_job=False),
     # numbers
-    "a constant column": Case(put("length", [10.0] * NUM_ROWS)),
+    "a constant column": Case(put("length", [10.0] * NUM_ROWS), in_job=False),
     "an all-null column": Case(put("length", [None] * NUM_ROWS, pa.float64())),
     "an all-null column without a type": Case(put("length", pa.nulls(NUM_ROWS))),
     "every column null": Case(lambda table: pa.table([pa.nulls(NUM_ROWS, f.type) for f in table.schema], table.schema)),
-    "NaN": Case(put("length", [float("nan")] * NUM_ROWS)),
+    "NaN": Case(put("length", [float("nan")] * NUM_ROWS), in_job=False),
     "infinity": Case(put("length", [np.inf]), bad_rows=1, error=INFINITE),
     "minus infinity": Case(put("length", [-np.inf, 1.0, -np.inf]), bad_rows=2, error=INFINITE),
     "infinity as text": Case(put("length", ["inf", "-Infinity", "1e999"]), bad_rows=3, error=INFINITE),
@@ -149,8 +151,10 @@ CASES = {
     "the least int64": Case(put("count", [-(2**63)] * NUM_ROWS)),
     "decimals": Case(put("length", [decimal.Decimal("10.50")] * NUM_ROWS)),
     "decimals beyond 64 bits": Case(put("length", [decimal.Decimal("1e60")] * NUM_ROWS, pa.decimal256(76, 2))),
-    "truth values for numbers": Case(put("length", [True] * NUM_ROWS)),
-    "a dictionary of numbers": Case(lambda t: put("length", t["length"].combine_chunks().dictionary_encode())(t)),
+    "truth values for numbers": Case(put("length", [True] * NUM_ROWS), in_job=False),
+    "a dictionary of numbers": Case(
+        lambda t: put("length", t["length"].combine_chunks().dictionary_encode())(t), in_job=False
+    ),
     "text that spells numbers": Case(put("length", ["10.5", " 7 ", "1e1", "NA", ""])),
     "text that does not": Case(
         put("length", ["tall", "1,5", "0x10"]), bad_rows=3, error="length: expected a number, got 'tall'"
@@ -181,7 +185,7 @@ CASES = {
         r"seen_at: expected timestamp\[us\], got timestamp\[us, tz=No/Where\]",
     ),
     "the first and last times": Case(put("seen_at", [2**63 - 1, -(2**63)], pa.timestamp("us"))),
-    "nanoseconds": Case(cast("seen_at", pa.timestamp("ns"))),
+    "nanoseconds": Case(cast("seen_at", pa.timestamp("ns")), in_job=False),
     "dates": Case(cast("seen_at", pa.date32())),
     "text that spells no time": Case(
         lambda table: put("seen_at", ["noon"])(cast("seen_at", pa.string())(table)),
@@ -189,12 +193,12 @@ CASES = {
         error="seen_at: expected a time, got 'noon'",
     ),
     # levels
-    "a dictionary": Case(lambda t: put("color", t["color"].combine_chunks().dictionary_encode())(t)),
+    "a dictionary": Case(lambda t: put("color", t["color"].combine_chunks().dictionary_encode())(t), in_job=False),
     "large_string": Case(cast("color", pa.large_string())),
     "string_view": Case(cast("color", pa.string_view())),
     "levels never seen": Case(put("color", ["puce", "", "\x00", "😀", "x" * 1_000_000])),
     "bytes that are no text": Case(put("color", [b"\xff\xfe"] * NUM_ROWS)),
-    "numbers for levels": Case(put("color", [5] * NUM_ROWS)),
+    "numbers for levels": Case(put("color", [5] * NUM_ROWS), in_job=False),
     # columns
     "a missing column": Case(lambda t: t.drop_columns(["length"]), "length: expected one such column, got none"),
     "names in capitals": Case(
@@ -206,11 +210,11 @@ CASES = {
     ),
     "an extra column": Case(add("more", 1)),
     "an extra nested column": Case(add("more", {"a": [{"b": None}, {"b": 2**63 - 1}]})),
-    "columns in another order": Case(lambda table: table.select(table.column_names[::-1])),
+    "columns in another order": Case(lambda table: table.select(table.column_names[::-1]), in_job=False),
     "a column named as a score is": Case(
         add("anomaly_score", 1.0), "anomaly_score: the input has such a column already; choose a prefix"
     ),
-    "a column named label": Case(add("label", 1)),
+    "a column named label": Case(add("label", 1), in_job=False),
 }
 
 
@@ -236,7 +240,7 @@ def test_python_scores_every_row_or_says_which_do_not_fit(bundle, rows, case):
     assert explained["anomaly_score"].equals(scored["anomaly_score"])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.in_job])
 def test_the_job_scores_every_record_or_sets_it_aside_or_does_not_start(bundle_uri, rows, tmp_path, case):
     table = case.change(rows)
     pq.write_table(table, tmp_path / "in.parquet")
@@ -443,7 +447,7 @@ def test_three_thousand_columns_are_learned_and_scored():
 def test_a_million_levels_are_learned_and_scored():
     rng = np.random.default_rng(0)
     # Frequent levels among them, so that the column is worth reading; the sketch keeps the names of 65,536.
-    levels = np.r_[np.arange(1_000_000), rng.integers(0, 50, 1_500_000)]
+    levels = np.r_[np.arange(1_000_000), rng.integers(0, 50, 1_200_000)]
     table = pa.table({"c": pa.array(rng.permutation(levels)).cast(pa.string()), "x": rng.normal(size=len(levels))})
     bundle = fit(table, CONFIG, QUICK)
     (feature,) = (feature for feature in bundle.schema.features if feature.name == "c")
