@@ -21,7 +21,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -341,7 +340,16 @@ def _peak(name: str, source: Path, output: Path, folder: Path) -> int:
         import apache_beam  # noqa: F401
     else:
         measure(name, source, output, folder)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """KiB of resident memory at most in this process so far.
+
+    Not getrusage's figure, which starts at the memory of the parent process.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.batch import PLAIN
+from benchmarks.batch import PLAIN, peak_memory
 from benchmarks.data import make_table, write_table
 
 BATCH_SIZE = 256
@@ -113,7 +112,7 @@ def _one(what: str) -> None:
 
     if what != "idle":
         fit(what, VAEConfig(**PLAIN), TrainingConfig(max_steps=4000, patience=None))  # type: ignore[arg-type]
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    print(json.dumps(peak_memory()))
 
 
 def main() -> None:
