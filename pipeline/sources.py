@@ -39,7 +39,7 @@ from pipeline.records import (
     parse_json_lines,
 )
 from vae_model.overlap import ahead
-from vae_model.tables import conform, is_text, rechunk
+from vae_model.tables import conform, is_text, rechunk, rows_at_a_time
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 4 << 20
@@ -75,7 +75,7 @@ class ReadTables(beam.PTransform):
         schema: The columns to read and their types.
         file_format: "parquet", "csv" or "jsonl"; by default by the suffix of the pattern.
         required: Columns that a file has to have.
-        max_rows: The most rows in a table.
+        max_rows: The most rows in a table; fewer of one with more than 500 columns.
 
     Raises:
         ValueError: The format cannot be told, at construction of the pipeline.
@@ -95,6 +95,7 @@ class ReadTables(beam.PTransform):
 
     def expand(self, pbegin: beam.pvalue.PBegin) -> ReadResult:
         file_format = format_of(self.pattern, self.file_format)
+        max_rows = min(self.max_rows, rows_at_a_time(len(self.schema)))
         parts = (
             pbegin
             | "Pattern" >> beam.Create([self.pattern])
@@ -103,13 +104,13 @@ class ReadTables(beam.PTransform):
         )
         unreadable = None
         if file_format == "parquet":
-            parts, unreadable = parts | "ListRowGroups" >> beam.ParDo(_ListRowGroups(self.max_rows)).with_outputs(
+            parts, unreadable = parts | "ListRowGroups" >> beam.ParDo(_ListRowGroups(max_rows)).with_outputs(
                 "dead_letters", main="row_groups"
             )
             parts = parts | "SpreadRowGroups" >> beam.Reshuffle()
         else:
             parts = parts | "WholeFiles" >> beam.Map(lambda path: (path, None))
-        read = _Read(file_format, self.schema, tuple(self.required), self.max_rows)
+        read = _Read(file_format, self.schema, tuple(self.required), max_rows)
         tables, letters = parts | "Read" >> beam.ParDo(read).with_outputs("dead_letters", main="tables")
         if unreadable is not None:
             letters = (unreadable, letters) | "DeadLetters" >> beam.Flatten()

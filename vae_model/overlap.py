@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -51,8 +51,10 @@ class TableWriter:
             self._thread.shutdown()
 
     def abandon(self) -> None:
-        """Ends the thread; what was written is of no use."""
+        """Ends the thread while the stream is still open; what was written is of no use."""
         self._thread.shutdown()
+        with suppress(OSError, ValueError):  # of a full disk, say: the error that led here is the one to tell
+            self._open(self._schema.empty_table()).close()
 
     def _wait(self) -> None:
         if self._pending is not None:
