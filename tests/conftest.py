@@ -1,5 +1,6 @@
 """A small table of every kind of column, and a bundle trained on it once for all tests."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -72,3 +73,38 @@ def bundle_uri(bundle, tmp_path_factory) -> str:
     uri = str(tmp_path_factory.mktemp("bundles") / "mixed")
     bundle.save(uri)
     return uri
+
+
+@pytest.fixture(scope="session")
+def second_bundle() -> vae_model.Bundle:
+    """Another version of `bundle`: trained on other rows of the same kind."""
+    config = VAEConfig(hidden_dims=(16,), latent_dim=2, num_samples=2)
+    return vae_model.fit(make_mixed_table(800, seed=1), config, TrainingConfig(max_steps=20))
+
+
+@pytest.fixture(scope="session")
+def second_bundle_uri(second_bundle, tmp_path_factory) -> str:
+    """Where `second_bundle` is saved."""
+    uri = str(tmp_path_factory.mktemp("bundles") / "second")
+    second_bundle.save(uri)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def renamed(bundle) -> vae_model.Bundle:
+    """`bundle`, whose column `length` is called `stretch`: other tables are needed to score with it."""
+
+    def names(columns: list[str]) -> list[str]:
+        return ["stretch" if name == "length" else name for name in columns]
+
+    schema = bundle.schema
+    features = tuple(
+        dataclasses.replace(item, name=name)
+        for item, name in zip(schema.features, names([item.name for item in schema.features]), strict=True)
+    )
+    arrow_schema = schema.arrow_schema.empty_table().rename_columns(names(schema.arrow_schema.names)).schema
+    return dataclasses.replace(
+        bundle,
+        schema=dataclasses.replace(schema, features=features, arrow_schema=arrow_schema),
+        golden=bundle.golden.rename_columns(names(bundle.golden.column_names)),
+    )
