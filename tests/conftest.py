@@ -79,7 +79,7 @@ def bundle_uri(bundle, tmp_path_factory) -> str:
 def second_bundle() -> vae_model.Bundle:
     """Another version of `bundle`: trained on other rows of the same kind."""
     config = VAEConfig(hidden_dims=(16,), latent_dim=2, num_samples=2)
-    return vae_model.fit(make_mixed_table(800, seed=1), config, TrainingConfig(max_steps=20))
+    return vae_model.fit(make_mixed_table(800, seed=1), config, TrainingConfig(max_steps=20, calibration_fraction=0.2))
 
 
 @pytest.fixture(scope="session")
