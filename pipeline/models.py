@@ -419,10 +419,10 @@ class KeyedModels:
 
     def _cache(self) -> _Cache:
         cache: _Cache | None = getattr(self, "_shared", None)
-        if cache is None or _caches.get(cache.identity) is not cache:  # never looked up, or forked since
+        if cache is None or cache.process != os.getpid():  # never looked up, or forked since
             identity = (self.template, tuple(sorted(self.models.items())), *self._limits())
             with _lock:
-                cache = _caches.setdefault(identity, _Cache(self, identity))
+                cache = _caches.setdefault(identity, _Cache(self))
             self._shared = cache
         return cache
 
@@ -461,8 +461,8 @@ class _Refusal(NamedTuple):
 class _Cache:
     """The models of one `KeyedModels` in one process."""
 
-    def __init__(self, config: KeyedModels, identity: tuple[Any, ...]) -> None:
-        self._config, self.identity = config, identity
+    def __init__(self, config: KeyedModels) -> None:
+        self._config, self.process = config, os.getpid()
         self._lock = threading.Lock()
         self._models: OrderedDict[str, Model] = OrderedDict()  # the one used least recently first
         self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
@@ -480,7 +480,7 @@ class _Cache:
                     raise
         if config.default is not None:
             return self._get(_DEFAULT, config.default)
-        raise KeyedModelError(f"key: no model for {str(key)[:60]!r}, and no default", "unknown_model")
+        raise KeyedModelError(f"key: no model for {str(key)[:60]!r}", "unknown_model")
 
     def _get(self, key: str, uri: str) -> Model:
         with self._lock:
@@ -499,8 +499,7 @@ class _Cache:
                 raise self._refuse(key, uri, error) from error
             with self._lock:
                 self._loading.pop(key, None)
-                self._models[key] = model
-                evicted = self._evict(key)
+                evicted = self._put(key, model)
         if evicted:
             del evicted
             gc.collect()  # networks are freed by the collector alone
@@ -519,6 +518,7 @@ class _Cache:
     def _load(self, uri: str) -> Model:
         config = self._config
         if is_pointer(uri) and config.refresh_secs:
+            read_pointer(uri)  # most unknown keys end here
             model = FollowedModel(ModelSource("", "", uri, config.refresh_secs, (), config.input_schema))
             model.load()
             _poller.add(model)
@@ -533,7 +533,7 @@ class _Cache:
     def _refuse(self, key: str, uri: str, error: Exception) -> KeyedModelError:
         missing = key != _DEFAULT and not _is_there(uri)
         if missing:
-            message, kind = f"key: no model for {key!r}", "unknown_model"
+            message, kind = f"key: no model for {key[:60]!r}", "unknown_model"
         else:
             message, kind = f"key: its model cannot be used: {error}", "model_unavailable"
         now = time.monotonic()
@@ -550,20 +550,23 @@ class _Cache:
             logger.warning("%s (at most one such line in %g s)", message, self._config.retry_secs)
         return KeyedModelError(message, kind)
 
-    def _evict(self, newest: str) -> list[Model]:
-        sizes = {key: model_bytes(model.bundle) for key, model in self._models.items()}
-        total, evicted = sum(sizes.values()), []
-        for key, size in sizes.items():
+    def _put(self, key: str, model: Model) -> list[Model]:
+        """Keeps a model; returns those that made room for it."""
+        removed = [key] if key in self._models else []  # two threads came when a refusal expired
+        sizes = {name: model_bytes(old.bundle) for name, old in self._models.items() if name != key}
+        total = sum(sizes.values()) + model_bytes(model.bundle)
+        for name, size in sizes.items():
             if total <= self._config.max_bytes:
                 break
-            if key in (newest, _DEFAULT):
-                continue
-            model = self._models.pop(key)
-            if isinstance(model, FollowedModel):
-                _poller.remove(model)
-            evicted.append(model)
-            total -= size
-        return evicted
+            if name != _DEFAULT:
+                removed.append(name)
+                total -= size
+        gone = [self._models.pop(name) for name in removed]
+        for old in gone:
+            if isinstance(old, FollowedModel):
+                _poller.remove(old)
+        self._models[key] = model
+        return gone
 
 
 def _is_there(uri: str) -> bool:

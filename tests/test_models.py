@@ -14,18 +14,19 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pytest
-from apache_beam.metrics import Metrics
-from apache_beam.metrics.execution import MetricsContainer, MetricsEnvironment
+from apache_beam.metrics.execution import MetricsContainer
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.testing.test_stream import TestStream
-from apache_beam.testing.util import assert_that
+from apache_beam.runners.worker import statesampler
+from apache_beam.testing import test_stream
+from apache_beam.testing.util import assert_that, equal_to
+from apache_beam.utils.counters import CounterFactory
 
 from pipeline import models as models_module
 from pipeline.letters import NAMESPACE
 from pipeline.models import KeyedModelError, KeyedModels, ModelSource, launch, model_bytes, poll_now
-from pipeline.transforms import ScoreTables, VAEScoreDoFn
+from pipeline.transforms import ScoreTables, refresh_secs
 from vae_model.bundle import BundleError, load_bundle
-from vae_model.pointer import Entry, Pointer, read_pointer
+from vae_model.pointer import Entry, Pointer
 
 DEADLINE_SECS = 60
 NEVER = 3600.0  # seconds between polls, so that only the tests' own happen
@@ -62,9 +63,6 @@ class Counters:
     """What is counted inside a `with`, as a step's metrics are."""
 
     def __enter__(self) -> "Counters":
-        from apache_beam.runners.worker import statesampler
-        from apache_beam.utils.counters import CounterFactory
-
         self._container = MetricsContainer("step")
         sampler = statesampler.StateSampler("test", CounterFactory())
         statesampler.set_current_tracker(sampler)
@@ -75,8 +73,6 @@ class Counters:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from apache_beam.runners.worker import statesampler
-
         self._state.__exit__(None, None, None)
         self._sampler.stop()
         statesampler.set_current_tracker(None)
@@ -89,6 +85,14 @@ class Counters:
 def within(scored: pa.Table, expected: pa.Table, tolerance: np.ndarray) -> bool:
     difference = scored["anomaly_score"].to_numpy() - expected["anomaly_score"].to_numpy()
     return bool((np.abs(difference) <= tolerance).all())
+
+
+def count_graphs() -> int:
+    """Traced functions in memory."""
+    from tensorflow.python.framework.func_graph import FuncGraph
+
+    gc.collect()
+    return sum(type(item) is FuncGraph for item in gc.get_objects())
 
 
 # ---- one swap --------------------------------------------------------------------------------------------
@@ -135,11 +139,17 @@ def test_an_old_bundle_is_released(folder, bundle, second_bundle):
     assert weights() is None
     model.poll()  # collects what refers to itself
     assert [item() for item in old] == [None] * 3
+    num_graphs = count_graphs()
+    for name, version in [("v1", bundle), ("v2", second_bundle)]:
+        point(folder, name, version.model_version)
+        model.poll()
+    model.poll()
+    assert count_graphs() == num_graphs
 
 
 def test_a_pointer_flipped_back_and_forth_is_followed(folder, bundle, second_bundle):
     model = follow(folder)
-    for name, version in [("v2", second_bundle), ("v1", bundle)] * 2:
+    for name, version in [("v2", second_bundle), ("v1", bundle), ("v2", second_bundle)]:
         point(folder, name, version.model_version)
         model.poll()
         assert model.current().model_version == version.model_version
@@ -178,15 +188,11 @@ def test_steps_and_threads_of_a_process_share_a_model(folder):
     assert len({id(model) for model in opened}) == len({id(model.current()) for model in opened}) == 1
 
 
-def test_a_fixed_version_starts_no_thread(bundle_uri):
-    code = (
-        "import threading\n"
-        "from pipeline.models import launch\n"
-        f"model = launch({bundle_uri!r}).source(60).open()\n"
-        "assert [t.name for t in threading.enumerate() if t.name == 'beam-vae-models'] == []\n"
-        "assert model.current() is model.current()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_fixed_version_is_not_polled(bundle_uri):
+    polled = set(models_module._poller._due)
+    model = launch(bundle_uri).source(60).open()
+    assert model.current() is model.current()
+    assert set(models_module._poller._due) == polled
 
 
 def test_a_process_ends_while_a_model_is_loaded(folder, bundle_uri, second_bundle):
@@ -298,7 +304,7 @@ def test_a_bad_bundle_is_refused_and_counted_once(break_it, problem, folder, bun
     held = model.current()
     name, version = break_it(folder, bundle, renamed)
     point(folder, name, version or second_bundle.model_version)
-    for _ in range(3):
+    for _ in range(2):
         model.poll()
         model._retry_at = 0.0  # as if the wait were over
     (line,) = [record.getMessage() for record in caplog.records if record.name == "pipeline.models"]
@@ -448,7 +454,7 @@ def test_every_row_is_scored_by_one_whole_version(folder, bundle, second_bundle,
     for thread in threads:
         thread.start()
     try:
-        for name, version in [("v2", second_bundle), ("v1", bundle)] * 3:
+        for name, version in [("v2", second_bundle), ("v1", bundle)] * 2:
             count = len(seen)
             point(folder, name, version.model_version)
             poll_now()
@@ -459,3 +465,214 @@ def test_every_row_is_scored_by_one_whole_version(folder, bundle, second_bundle,
             thread.join()
     assert not wrong
     assert set(seen) == set(expected)
+
+
+# ---- in a pipeline -----------------------------------------------------------------------------------------
+
+
+class Promote(beam.DoFn):
+    """Changes the pointer when one table comes by, and waits until the process has swapped the model."""
+
+    def __init__(self, folder: str, version: str, when: str) -> None:
+        self._folder, self._version, self._when = Path(folder), version, when
+
+    def process(self, table):
+        if table["id"][0].as_py() == self._when:
+            point(self._folder, "v2", self._version)
+            (model,) = [m for s, m in models_module._followed.items() if s.pointer == f"{self._folder}/current.json"]
+            poll_now()
+            until(lambda: model.bundle.model_version == self._version)
+        yield table
+
+
+def versions_of(table: pa.Table) -> tuple:
+    """The first row's id and the table's versions."""
+    return table["id"][0].as_py(), table.num_rows, tuple(sorted(set(table["model_version"].to_pylist())))
+
+
+@pytest.mark.parametrize("runner", ["FnApiRunner", "BundleBasedDirectRunner"])
+def test_a_running_pipeline_changes_its_version_once_and_loses_nothing(
+    runner, folder, bundle, second_bundle, mixed_table
+):
+    tables = [mixed_table.slice(10 * i, 10) for i in range(6)]
+    options = PipelineOptions(["--allow_unsafe_triggers"], streaming=runner == "BundleBasedDirectRunner")
+    pipeline = beam.Pipeline(runner=runner, options=options)
+    if runner == "FnApiRunner":
+        source, secs = beam.Create(tables, reshuffle=False), NEVER
+    else:
+        source, secs = test_stream.TestStream(), None  # unbounded: it follows by default
+        for i, table in enumerate(tables):
+            source.advance_watermark_to(i).add_elements([table])
+        source.advance_watermark_to_infinity()
+    score = ScoreTables(str(folder / "current.json"), model_refresh_secs=secs)
+    change = Promote(str(folder), second_bundle.model_version, tables[3]["id"][0].as_py())
+    scored = (pipeline | source | beam.ParDo(change) | score).scored
+    expected = [
+        (table["id"][0].as_py(), 10, ((bundle if i < 3 else second_bundle).model_version,))
+        for i, table in enumerate(tables)
+    ]
+    assert_that(scored | beam.Map(versions_of), equal_to(expected))
+    result = pipeline.run()
+    result.wait_until_finish()
+    found = result.metrics().query()["counters"]
+    counters = {item.key.metric.name: item.committed for item in found if item.key.metric.namespace == NAMESPACE}
+    assert counters["num_inferences"] == 60
+    assert counters["model_swaps"] == 1
+    assert "model_swap_failures" not in counters
+
+
+def test_pointers_are_followed_by_default_where_the_input_is_unbounded():
+    batch, streaming = beam.Pipeline(), beam.Pipeline(options=PipelineOptions(streaming=True))
+    bounded = batch | beam.Create([1])
+    assert refresh_secs(None, bounded) == 0
+    assert refresh_secs(5, bounded) == 5
+    assert refresh_secs(None, beam.Pipeline() | test_stream.TestStream()) == 60
+    assert refresh_secs(0, beam.Pipeline() | test_stream.TestStream()) == 0
+    assert refresh_secs(None, streaming | beam.Create([1])) == 60
+    assert streaming.options.view_as(StandardOptions).streaming
+
+
+# ---- models by key -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tenants(folder, bundle, second_bundle) -> Path:
+    """Folders `a` and `b` with a pointer each, to different versions."""
+    for name, version, place in [("a", bundle, "v1"), ("b", second_bundle, "v2")]:
+        Pointer(str(folder / name / "current.json"), Entry(f"../{place}", version.model_version, "x")).write()
+    return folder
+
+
+def refused(models: KeyedModels, key) -> tuple[str, str]:
+    with pytest.raises(KeyedModelError) as caught:
+        models.get(key)
+    return caught.value.error_type, str(caught.value)
+
+
+def test_each_key_has_its_model(tenants, bundle, second_bundle):
+    by_template = KeyedModels(f"{tenants}/{{key}}/current.json")
+    by_name = KeyedModels({"a": f"{tenants}/v1", "b": f"{tenants}/b/current.json", "7": f"{tenants}/v2"})
+    for models in (by_template, pickle.loads(pickle.dumps(by_name))):
+        assert models.get("a").model_version == bundle.model_version
+        assert models.get("b").model_version == second_bundle.model_version
+        assert models.get("a") is models.get("a")
+    assert by_name.get(7).model_version == second_bundle.model_version
+
+
+def test_a_key_without_a_model_has_the_default_or_is_refused(tenants, second_bundle, caplog):
+    for place in (f"{tenants}/{{key}}/current.json", f"{tenants}/{{key}}", {"a": f"{tenants}/v1"}):
+        assert refused(KeyedModels(place), "new") == ("unknown_model", "key: no model for 'new'")
+    models = KeyedModels(f"{tenants}/{{key}}/current.json", default=f"{tenants}/v2")
+    assert models.get("new").model_version == second_bundle.model_version
+    assert models.get("new") is models.get("newer")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "key", ["../v1", "/", "..", ".", "", "a/b", "a\\b", "%2e%2e", "a?b", "a#b", "a\n", "x" * 201, "ä"]
+)
+def test_keys_that_lead_elsewhere_are_refused(key, tenants):
+    models = KeyedModels(f"{tenants}/a/{{key}}", default=f"{tenants}/v1")
+    kind, message = refused(models, key)
+    assert kind == "invalid_key"
+    assert "expected letters, digits" in message
+
+
+@pytest.mark.parametrize("key", [None, 1.5, True, b"a", ("a",)])
+def test_keys_of_another_type_are_refused(key, tenants):
+    for place in (f"{tenants}/{{key}}/current.json", {"a": f"{tenants}/v1"}):
+        assert refused(KeyedModels(place), key)[0] == "invalid_key"
+
+
+def test_a_broken_model_is_left_alone_for_a_while(tenants, bundle, caplog):
+    noise = tenants / "v1/noise.npy"
+    content = noise.read_bytes()
+    noise.unlink()
+    models = KeyedModels(f"{tenants}/{{key}}/current.json", default=f"{tenants}/v2", retry_secs=NEVER)
+    kind, message = refused(models, "a")
+    assert kind == "model_unavailable"
+    assert "noise.npy is missing" in message
+    noise.write_bytes(content)
+    assert refused(models, "a") == (kind, message)
+    assert len(caplog.records) == 1
+    (refusal,) = models._cache()._refusals.items()
+    models._cache()._refusals[refusal[0]] = refusal[1]._replace(until=0.0)
+    assert models.get("a").model_version == bundle.model_version
+
+
+def test_a_key_that_gets_a_model_later_is_served(tenants, bundle):
+    models = KeyedModels(f"{tenants}/{{key}}/current.json", retry_secs=0)
+    assert refused(models, "c")[0] == "unknown_model"
+    shutil.copytree(tenants / "a", tenants / "c")
+    assert models.get("c").model_version == bundle.model_version
+
+
+def test_refused_keys_are_not_kept_for_ever(tenants, monkeypatch):
+    monkeypatch.setattr(models_module, "_MAX_REFUSED_KEYS", 10)
+    models = KeyedModels(f"{tenants}/{{key}}/current.json")
+    for i in range(50):
+        refused(models, f"new{i}")
+    assert len(models._cache()._refusals) == 10
+    assert not models._cache()._loading
+
+
+def test_models_used_least_recently_make_room(tenants, bundle, second_bundle):
+    shutil.copytree(tenants / "v1", tenants / "c")
+    room = model_bytes(bundle) + model_bytes(second_bundle)
+    places = {"a": "a/current.json", "b": "b/current.json", "c": "c"}
+    models = KeyedModels({key: f"{tenants}/{place}" for key, place in places.items()}, max_bytes=room)
+    gone = weakref.ref(models.get("a").scorer)
+    models.get("b")
+    models.get("a")
+    models.get("b")
+    assert sorted(models._cache()._models) == ["a", "b"]
+    polled = len(models_module._poller._due)
+    models.get("c")
+    assert sorted(models._cache()._models) == ["b", "c"]
+    assert len(models_module._poller._due) == polled - 1
+    assert gone() is None
+
+
+def test_a_model_larger_than_the_room_still_scores(tenants, bundle, second_bundle):
+    models = KeyedModels({"a": f"{tenants}/v1", "b": f"{tenants}/v2"}, default=f"{tenants}/v1", max_bytes=1)
+    for key, version in [("a", bundle), ("new", bundle), ("b", second_bundle)]:
+        assert models.get(key).model_version == version.model_version
+    assert sorted(models._cache()._models) == ["", "b"]
+
+
+def test_a_keys_pointer_is_followed(tenants, bundle, second_bundle):
+    models = KeyedModels(f"{tenants}/{{key}}/current.json")
+    assert models.get("a").model_version == bundle.model_version
+    Pointer(str(tenants / "a/current.json"), Entry("../v2", second_bundle.model_version, "x")).write()
+    poll_now()
+    until(lambda: models.get("a").model_version == second_bundle.model_version)
+
+
+def test_many_threads_load_each_model_once(tenants, bundle, second_bundle):
+    models = KeyedModels(f"{tenants}/{{key}}/current.json")
+    found: list[tuple[str, int]] = []
+    threads = [
+        threading.Thread(target=lambda key=key: found.append((key, id(pickle.loads(pickle.dumps(models)).get(key)))))
+        for key in "abababab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 2
+
+
+def test_a_model_of_other_columns_than_the_input_is_refused(tenants, renamed, mixed_table):
+    renamed.save(str(tenants / "c"))
+    for place in (f"{tenants}/{{key}}", {"c": f"{tenants}/c"}):
+        kind, message = refused(KeyedModels(place, input_schema=mixed_table.schema), "c")
+        assert kind == "model_unavailable"
+        assert "stretch: expected one such column, got none" in message
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"models_by_key: expected a URI with \{key\} in it, got gs://models"):
+        KeyedModels("gs://models")
+    with pytest.raises(ValueError, match="max_bytes: expected a number > 0, got 0"):
+        KeyedModels({}, max_bytes=0)
