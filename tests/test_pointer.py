@@ -14,11 +14,11 @@ from vae_model.promotion import PromotionError, promote, readings, refuse_succes
 
 
 @pytest.fixture
-def models(bundle_uri, second_bundle_uri, tmp_path, monkeypatch) -> Path:
+def models(first_uri, second_uri, tmp_path, monkeypatch) -> Path:
     """A folder `models` with two versions; it is in the working directory."""
     folder = tmp_path / "models"
-    shutil.copytree(bundle_uri, folder / "v1")
-    shutil.copytree(second_bundle_uri, folder / "v2")
+    shutil.copytree(first_uri, folder / "v1")
+    shutil.copytree(second_uri, folder / "v2")
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -123,8 +123,8 @@ def test_readers_never_see_half_a_pointer(tmp_path):
 # ---- promote and rollback ----------------------------------------------------------------------------
 
 
-def test_promote_and_rollback_on_the_command_line(models, bundle, second_bundle, mixed_table, capsys):
-    first, second = bundle.model_version, second_bundle.model_version
+def test_promote_and_rollback_on_the_command_line(models, first, second, mixed_table, capsys):
+    first, second = first.model_version, second.model_version
     pointer = "models/current.json"
     assert beam_vae.main(["promote", "models/v1", pointer]) == 0
     assert capsys.readouterr().out == f"{pointer} points to models/v1, version {first}\n"
@@ -164,18 +164,18 @@ def test_promoting_what_is_current_changes_nothing(models, capsys):
     assert (models / "current.json").read_bytes() == before
 
 
-def test_a_pointer_can_be_promoted_to_another_one(models, second_bundle):
+def test_a_pointer_can_be_promoted_to_another_one(models, second):
     promote("models/v2", "models/staging.json")
     promote("models/staging.json", "models/production/current.json")
     entry = read_pointer("models/production/current.json").current
-    assert entry.model_version == second_bundle.model_version
+    assert entry.model_version == second.model_version
     assert entry.bundle == str(models / "v2")  # not below the pointer's folder
 
 
-def test_a_folder_of_models_can_be_moved(models, bundle, tmp_path):
+def test_a_folder_of_models_can_be_moved(models, first, tmp_path):
     promote("models/v1", "models/current.json")
     models.rename(tmp_path / "elsewhere")
-    assert load_bundle(str(tmp_path / "elsewhere/current.json")).model_version == bundle.model_version
+    assert load_bundle(str(tmp_path / "elsewhere/current.json")).model_version == first.model_version
 
 
 def test_history_is_short(models):
@@ -190,31 +190,31 @@ def test_history_is_short(models):
     assert [entry.bundle for entry in history] == ["v1", *(f"old-{i}" for i in range(MAX_HISTORY - 1))]
 
 
-def test_a_bundle_that_does_not_hold_is_not_promoted(models, bundle, capsys):
+def test_a_bundle_that_does_not_hold_is_not_promoted(models, first, capsys):
     promote("models/v1", "models/current.json")
     corrupt(models / "v2")
     assert beam_vae.main(["promote", "models/v2", "models/current.json", "--force"]) == 1
     assert "models/v2: weights.npz was changed after it was written" in capsys.readouterr().err
-    assert read_pointer("models/current.json").current.model_version == bundle.model_version
+    assert read_pointer("models/current.json").current.model_version == first.model_version
 
 
-def test_a_bundle_that_scores_otherwise_is_not_promoted(models, bundle):
-    wrong = bundle.golden.column("anomaly_score").to_numpy() + 1
-    index = bundle.golden.schema.get_field_index("anomaly_score")
+def test_a_bundle_that_scores_otherwise_is_not_promoted(models, first):
+    wrong = first.golden.column("anomaly_score").to_numpy() + 1
+    index = first.golden.schema.get_field_index("anomaly_score")
     changed = load_bundle("models/v1")
-    changed.golden = bundle.golden.set_column(index, "anomaly_score", [wrong])
+    changed.golden = first.golden.set_column(index, "anomaly_score", [wrong])
     changed.save("models/wrong")
     with pytest.raises(BundleError, match=r"golden row .* expected .* as at training time"):
         promote("models/wrong", "models/current.json")
     assert not (models / "current.json").exists()
 
 
-def test_a_model_of_other_columns_is_promoted_by_force_only(models, renamed, bundle):
+def test_a_model_of_other_columns_is_promoted_by_force_only(models, renamed, first):
     renamed.save("models/v3")
     promote("models/v1", "models/current.json")
     with pytest.raises(PromotionError, match=r"models/v3: running pipelines .*stretch: is read by it, .*--force"):
         promote("models/v3", "models/current.json")
-    assert read_pointer("models/current.json").current.model_version == bundle.model_version
+    assert read_pointer("models/current.json").current.model_version == first.model_version
     promote("models/v3", "models/current.json", force=True)
     assert read_pointer("models/current.json").current.bundle == "v3"
 
@@ -238,12 +238,12 @@ def test_a_broken_pointer_is_replaced_by_force_only(models):
     assert read_pointer("models/current.json").current.bundle == "v1"
 
 
-def test_a_bundle_replaced_in_place_is_refused(models, bundle, second_bundle):
+def test_a_bundle_replaced_in_place_is_refused(models, first, second):
     promote("models/v1", "models/current.json")
     shutil.rmtree(models / "v1")
     shutil.copytree(models / "v2", models / "v1")
-    expected = f"points to models/v1: expected version {bundle.model_version}, as when it was promoted, got"
-    with pytest.raises(BundleError, match=f"{expected} {second_bundle.model_version}"):
+    expected = f"points to models/v1: expected version {first.model_version}, as when it was promoted, got"
+    with pytest.raises(BundleError, match=f"{expected} {second.model_version}"):
         load_bundle("models/current.json")
 
 
@@ -265,8 +265,8 @@ def test_names_are_checked(models):
 # ---- which model may follow which ----------------------------------------------------------------------
 
 
-def test_a_model_may_follow_one_that_reads_the_same_columns(bundle, second_bundle):
-    assert refuse_successor(second_bundle.schema, readings(bundle.schema)) is None
+def test_a_model_may_follow_one_that_reads_the_same_columns(bundle, second):
+    assert refuse_successor(second.schema, readings(bundle.schema)) is None
 
 
 def test_a_column_read_otherwise_is_refused(bundle):
