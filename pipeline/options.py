@@ -25,7 +25,13 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     formats = ("parquet", "csv", "jsonl")
     add("--input", metavar="URI", help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl.")
     add("--output", metavar="URI", help="Where scored files go: a directory, or a name such as out/scored.csv.")
-    add("--bundle", metavar="URI", help="The model: a directory written by beam-vae fit.")
+    add("--bundle", metavar="URI", help="The model: a directory written by beam-vae fit, or a pointer to one.")
+    add(
+        "--model_refresh_secs",
+        type=float,
+        metavar="SECS",
+        help="How often a streaming job reads a pointer again (default 60), to swap models; 0 for never.",
+    )
     add("--input_format", choices=formats, help="By default, by the suffix of --input.")
     add("--output_format", choices=formats, help="By default, by the suffix of --output, else that of the input.")
     add("--dead_letters", metavar="URI", help="Where unusable records go. By default, OUTPUT/_dead_letters.")
@@ -55,5 +61,7 @@ def check(options: Any) -> None:
         raise ValueError(f"missing {', '.join(missing)}; see --help")
     if options.columns is not None and options.id_columns is not None:
         raise ValueError("--columns and --id_columns: expected one of them, got both")
+    if options.model_refresh_secs is not None and not options.model_refresh_secs >= 0:
+        raise ValueError(f"--model_refresh_secs: expected a number >= 0, got {options.model_refresh_secs:g}")
     if options.reasons < 0:
         raise ValueError(f"--reasons: expected a number >= 0, got {options.reasons}")

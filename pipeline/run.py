@@ -87,11 +87,13 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     _refuse_old_output(options, input_files)
     columns = options.columns if options.id_columns is None else options.id_columns
     score = ScoreTables(options.bundle, options.reasons, options.threshold, options.score_prefix, columns)
+    score.model_refresh_secs = options.model_refresh_secs
     schema = score.loaded.schema
     typed = launch_schema(options.input, input_format)
     if input_format != "parquet":
         # Text says nothing of types: features are read as in training, numbers wide enough for strange ones.
         typed = _with_types(typed, schema)
+    score.input_schema = typed
     output_schema = score.output_schema(typed)
     output_format = options.output_format or (
         format_of(options.output) if split_suffix(options.output)[1] else input_format

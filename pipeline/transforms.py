@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import StandardOptions
 
 import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.letters import NAMESPACE, Letters
-from pipeline.models import shared_bundle
+from pipeline.models import REFRESH_SECS, Launched, ModelSource, launch
 from pipeline.records import SOURCE_KEY, dead_letters
-from vae_model.bundle import Bundle, load_bundle, refuse_clash, score_fields
-from vae_model.files import absolute
+from vae_model.bundle import Bundle, refuse_clash, score_fields
 from vae_model.tables import without_views
 
 
@@ -35,11 +35,15 @@ class ScoreTables(beam.PTransform):
     Tables of 4,000 to 16,000 rows are fastest. The model is loaded once per process, on the worker.
 
     Args:
-        bundle: Directory or URI that `fit` wrote. Its version is fixed when the pipeline is built.
+        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
         reasons: Strangest columns to explain per row.
         threshold: Score, in nats, that replaces the bundle's.
         prefix: Of the score columns' names.
         columns: Input columns to keep; None keeps all, an empty list the scores alone.
+        model_refresh_secs: How often a pointer is read again while the pipeline runs, 0 for never: the version is
+            fixed when the pipeline is built then. By default 60 where the input is unbounded, 0 elsewhere.
+        input_schema: Of the tables, where known: a newer model may read any of these columns. Without it, only
+            those that the model at launch reads.
     """
 
     bundle: str
@@ -47,11 +51,18 @@ class ScoreTables(beam.PTransform):
     threshold: float | None = None
     prefix: str = ""
     columns: Sequence[str] | None = None
+    model_refresh_secs: float | None = None
+    input_schema: pa.Schema | None = None
 
     @cached_property
+    def launched(self) -> Launched:
+        """The bundle as it is when the pipeline is built, read once, and where it is."""
+        return launch(self.bundle)
+
+    @property
     def loaded(self) -> Bundle:
-        """The bundle as it is when the pipeline is built, read once."""
-        return load_bundle(self.bundle)
+        """The bundle as it is when the pipeline is built."""
+        return self.launched.bundle
 
     def output_schema(self, input_schema: pa.Schema) -> pa.Schema:
         """The scored tables' schema for tables of `input_schema`.
@@ -62,7 +73,7 @@ class ScoreTables(beam.PTransform):
         """
         problem = self.loaded.schema.refuse(input_schema)
         if problem:
-            raise ValueError(f"{self.bundle}: the input does not fit the model: {problem}")
+            raise ValueError(f"{self.launched.name}: the input does not fit the model: {problem}")
         kept = input_schema.names if self.columns is None else list(self.columns)
         for name in kept:
             if name not in input_schema.names:
@@ -74,8 +85,7 @@ class ScoreTables(beam.PTransform):
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
         do_fn = VAEScoreDoFn(
-            absolute(self.bundle),  # workers may run elsewhere
-            self.loaded.model_version,
+            self.launched.source(refresh_secs(self.model_refresh_secs, tables), self.input_schema),
             reasons=self.reasons,
             threshold=self.threshold,
             prefix=self.prefix,
@@ -85,14 +95,21 @@ class ScoreTables(beam.PTransform):
         return ScoredTables(outputs.scored, outputs.dead_letters)
 
 
+def refresh_secs(asked: float | None, records: beam.PCollection[Any]) -> float:
+    """How often to read a pointer: as asked or, by default, only while an unbounded input is scored."""
+    if asked is not None:
+        return asked
+    streaming = not records.is_bounded or records.pipeline.options.view_as(StandardOptions).streaming
+    return REFRESH_SECS if streaming else 0.0
+
+
 @beam.typehints.with_input_types(pa.Table)
 @beam.typehints.with_output_types(pa.Table)
 class VAEScoreDoFn(beam.DoFn):
     """A table in, the scored table out; letters of rows that do not fit on the tag "dead_letters".
 
     Args:
-        bundle: Directory or URI.
-        model_version: The version to expect there.
+        source: Of the model: `launch(uri).source()`.
         reasons: See `ScoreTables`, as the others.
         threshold: See there.
         prefix: See there.
@@ -101,15 +118,14 @@ class VAEScoreDoFn(beam.DoFn):
 
     def __init__(
         self,
-        bundle: str,
-        model_version: str,
+        source: ModelSource,
         *,
         reasons: int = 0,
         threshold: float | None = None,
         prefix: str = "",
         columns: Sequence[str] | None = None,
     ) -> None:
-        self._uri, self._model_version = bundle, model_version
+        self._source = source
         self._options: dict[str, Any] = {"reasons": reasons, "threshold": threshold, "prefix": prefix}
         self._columns = None if columns is None else list(columns)
         self._letters = Letters()
@@ -126,24 +142,25 @@ class VAEScoreDoFn(beam.DoFn):
 
     def setup(self) -> None:
         start = time.perf_counter()
-        self._bundle = shared_bundle(self._uri, self._model_version)
+        self._model = self._source.open()
         # Metrics belong to a Beam bundle; there is none yet.
         self._loaded: int | None = int(1e3 * (time.perf_counter() - start))
 
     def process(self, table: pa.Table) -> Iterator[Any]:
+        bundle = self._model.current()
         if self._loaded is not None:
             self._load_latency.update(self._loaded)
-            self._model_bytes.update(sum(weight.nbytes for weight in self._bundle.weights.values()))
+            self._model_bytes.update(sum(weight.nbytes for weight in bundle.weights.values()))
             self._loaded = None
         source = (table.schema.metadata or {}).get(SOURCE_KEY, b"").decode() or None
         table = table.replace_schema_metadata(None)
         start = time.perf_counter()
-        scored, rejects = self._bundle.split(table, **self._options)
+        scored, rejects = bundle.split(table, **self._options)
         self._batch_latency.update(int(1e6 * (time.perf_counter() - start)))
         self._batch_size.update(table.num_rows)
         self._batch_bytes.update(table.nbytes)
         if len(rejects):
-            letters = dead_letters(table, rejects, source=source, stage="score", model_version=self._model_version)
+            letters = dead_letters(table, rejects, source=source, stage="score", model_version=bundle.model_version)
             yield self._letters.send(letters)
         if scored.num_rows:
             self._count(scored)

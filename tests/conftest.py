@@ -1,5 +1,6 @@
 """A small table of every kind of column, and a bundle trained on it once for all tests."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -72,3 +73,58 @@ def bundle_uri(bundle, tmp_path_factory) -> str:
     uri = str(tmp_path_factory.mktemp("bundles") / "mixed")
     bundle.save(uri)
     return uri
+
+
+def fit_small(seed: int) -> vae_model.Bundle:
+    """A model of three columns that is quick to load, of other rows for each seed."""
+    table = make_mixed_table(800, seed).select(["length", "count", "color"])
+    config = VAEConfig(hidden_dims=(8,), latent_dim=2, num_samples=1)
+    return vae_model.fit(table, config, TrainingConfig(max_steps=20, calibration_fraction=0.2))
+
+
+@pytest.fixture(scope="session")
+def first() -> vae_model.Bundle:
+    """A small model. Do not change it."""
+    return fit_small(0)
+
+
+@pytest.fixture(scope="session")
+def second() -> vae_model.Bundle:
+    """Another version of `first`. Do not change it."""
+    return fit_small(1)
+
+
+@pytest.fixture(scope="session")
+def first_uri(first, tmp_path_factory) -> str:
+    """Where `first` is saved."""
+    uri = str(tmp_path_factory.mktemp("bundles") / "first")
+    first.save(uri)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def second_uri(second, tmp_path_factory) -> str:
+    """Where `second` is saved."""
+    uri = str(tmp_path_factory.mktemp("bundles") / "second")
+    second.save(uri)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def renamed(first) -> vae_model.Bundle:
+    """`first`, whose column `length` is called `stretch`: other tables are needed to score with it."""
+
+    def names(columns: list[str]) -> list[str]:
+        return ["stretch" if name == "length" else name for name in columns]
+
+    schema = first.schema
+    features = tuple(
+        dataclasses.replace(item, name=name)
+        for item, name in zip(schema.features, names([item.name for item in schema.features]), strict=True)
+    )
+    arrow_schema = schema.arrow_schema.empty_table().rename_columns(names(schema.arrow_schema.names)).schema
+    return dataclasses.replace(
+        first,
+        schema=dataclasses.replace(schema, features=features, arrow_schema=arrow_schema),
+        golden=first.golden.rename_columns(names(first.golden.column_names)),
+    )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import feather
 
 from pipeline.letters import NAMESPACE
-from pipeline.models import shared_bundle
+from pipeline.models import launch, shared_bundle
 from pipeline.transforms import ScoreTables, VAEScoreDoFn
 from vae_model.bundle import BundleError
 
@@ -137,7 +137,7 @@ def test_a_process_loads_a_bundle_once(bundle, bundle_uri):
 
 
 def test_a_pickled_do_fn_scores(mixed_table, bundle, bundle_uri):
-    do_fn = pickle.loads(pickle.dumps(VAEScoreDoFn(bundle_uri, bundle.model_version)))
+    do_fn = pickle.loads(pickle.dumps(VAEScoreDoFn(launch(bundle_uri).source())))
     do_fn.setup()
     (scored,) = list(do_fn.process(mixed_table.slice(0, 5)))
     np.testing.assert_allclose(

@@ -24,6 +24,7 @@ from vae_model import files
 from vae_model.calibration import Calibration, Threshold
 from vae_model.config import VAEConfig
 from vae_model.encoding import EncodedTable, encode
+from vae_model.pointer import Entry, Pointer, PointerError, is_pointer, read_pointer
 from vae_model.reasons import REASON_TYPE, Explainer
 from vae_model.report import report
 from vae_model.schema import TableSchema
@@ -69,6 +70,8 @@ def score_fields(reasons: int = 0, prefix: str = "") -> list[pa.Field]:
 
 def refuse_output(uri: str, overwrite: bool) -> None:
     """Raises `FileExistsError` where no bundle may be written: over anything, or over what is no bundle."""
+    if is_pointer(uri):
+        raise ValueError(f"{uri}: expected a directory for a bundle, got the name of a pointer, which ends in .json")
     if not files.exists(uri):
         return
     if not overwrite:
@@ -322,11 +325,18 @@ class Bundle:
 def load_bundle(uri: str) -> Bundle:
     """Reads a bundle from a local directory, `gs://` or `s3://`, checking every file's hash.
 
-    Nothing in a bundle is executed: JSON, arrays and Parquet only.
+    Nothing in a bundle is executed: JSON, arrays and Parquet only. The URI may be that of a pointer,
+    a name that ends in `.json`: the bundle that it names is read then.
 
     Raises:
         BundleError: No bundle is there, a file is missing or was changed, or the format is newer.
     """
+    if is_pointer(uri):
+        try:
+            pointer = read_pointer(uri)
+        except PointerError as error:
+            raise BundleError(str(error)) from error
+        return load_entry(pointer, pointer.current)
     manifest = read_manifest(uri)
     contents = {}
     for name in (*_SCORING_FILES, *_OTHER_FILES):
@@ -346,6 +356,27 @@ def load_bundle(uri: str) -> Bundle:
     if bundle.model_version != manifest.get("model_version"):
         raise BundleError(
             f"{uri}: {MANIFEST} names version {manifest.get('model_version')}, the files are {bundle.model_version}"
+        )
+    return bundle
+
+
+def load_entry(pointer: Pointer, entry: Entry) -> Bundle:
+    """Reads a bundle that a pointer names.
+
+    Raises:
+        BundleError: As `load_bundle`, or another version is there now.
+    """
+    place = pointer.locate(entry)
+    if is_pointer(place):
+        raise BundleError(f"{pointer.uri} points to {place}: expected a bundle, got another pointer")
+    try:
+        bundle = load_bundle(place)
+    except BundleError as error:
+        raise BundleError(f"{pointer.uri} points to {error}") from error
+    if bundle.model_version != entry.model_version:
+        raise BundleError(
+            f"{pointer.uri} points to {place}: expected version {entry.model_version}, as when it was promoted, "
+            f"got {bundle.model_version}"
         )
     return bundle
 

@@ -1,4 +1,4 @@
-"""The commands that need no Beam: fit, score, evaluate, inspect. Heavy imports wait until one runs."""
+"""The commands that need no Beam. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def add_commands(commands: Any) -> None:
     _add_score(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
+    _add_promote(commands)
+    _add_rollback(commands)
 
 
 def _command(commands: Any, name: str, help: str, function: Callable[[argparse.Namespace], int]) -> Any:
@@ -250,8 +252,49 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from vae_model.bundle import load_bundle
+    from vae_model.pointer import describe
 
-    print_bundle(load_bundle(args.bundle), args.bundle)
+    print_bundle(load_bundle(args.bundle), describe(args.bundle))
+    return 0
+
+
+def _add_promote(commands: Any) -> None:
+    add = _command(commands, "promote", "Point to a bundle, once it is proved sound; pipelines follow.", _promote)
+    add("bundle", metavar="BUNDLE", help="Written by fit; or another pointer, whose bundle is meant then.")
+    add("pointer", metavar="POINTER", help="A file whose name ends in .json; made where there is none.")
+    add("--force", action="store_true", help="Also where running pipelines may refuse the bundle for its columns.")
+
+
+def _promote(args: argparse.Namespace) -> int:
+    from vae_model.backend import load_quietly
+    from vae_model.promotion import promote
+
+    load_quietly()
+    before, after = promote(args.bundle, args.pointer, force=args.force)
+    here = f"{after.locate(after.current)}, version {after.current.model_version}"
+    if before is after:
+        print(f"{args.pointer} points to {here} already; nothing was changed")
+        return 0
+    print(f"{args.pointer} points to {here}")
+    if before:
+        print(f"before: {before.locate(before.current)}, version {before.current.model_version}")
+    return 0
+
+
+def _add_rollback(commands: Any) -> None:
+    add = _command(commands, "rollback", "Point to the bundle before the current one again.", _rollback)
+    add("pointer", metavar="POINTER", help="Written by promote.")
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    from vae_model.backend import load_quietly
+    from vae_model.promotion import rollback
+
+    load_quietly()
+    before, after = rollback(args.pointer)
+    print(f"{args.pointer} points to {after.locate(after.current)}, version {after.current.model_version}, again")
+    print(f"no longer: {before.locate(before.current)}, version {before.current.model_version}")
+    print(f"earlier bundles left: {len(after.history)}")
     return 0
 
 
