@@ -80,6 +80,12 @@ class Sampling(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="vae_model")
+def silu(x: Any) -> Any:
+    """X sigmoid(x), the activation; Keras's own, whose gradient TensorFlow defines, keeps every graph for ever."""
+    return x * ops.sigmoid(x)
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
 class EncoderInputs(keras.layers.Layer):
     """All inputs of a row as one vector: numbers, circles, category embeddings, missing flags.
 

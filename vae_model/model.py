@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from vae_model.config import VAEConfig
-from vae_model.layers import ColumnNLL, EncoderInputs, KLDivergence, LikelihoodSpec, Sampling
+from vae_model.layers import ColumnNLL, EncoderInputs, KLDivergence, LikelihoodSpec, Sampling, silu
 from vae_model.losses import kl_to_standard_normal
 from vae_model.schema import TableSchema
 
@@ -91,7 +91,7 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
     )
     hidden = vector = as_vector(inputs)
     for i, width in enumerate(config.hidden_dims):
-        hidden = keras.layers.Dense(width, "silu", name=f"encoder_{i}")(hidden)
+        hidden = keras.layers.Dense(width, silu, name=f"encoder_{i}")(hidden)
     latent_dim = config.latent_dim or max(2, min(16, vector.shape[-1]))
     z_mean = keras.layers.Dense(latent_dim, dtype="float32", name="z_mean")(hidden)
     start_small = keras.initializers.RandomNormal(stddev=0.01, seed=seed)
@@ -103,7 +103,7 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
 
     z_input = hidden = keras.Input((latent_dim,), name="z")
     for i, width in enumerate(reversed(config.hidden_dims)):
-        hidden = keras.layers.Dense(width, "silu", name=f"decoder_{i}")(hidden)
+        hidden = keras.layers.Dense(width, silu, name=f"decoder_{i}")(hidden)
     decoder = keras.Model(z_input, hidden, name="decoder")
 
     likelihood = ColumnNLL(spec, name="likelihood")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -47,9 +46,6 @@ class ElboScorer:
 
     def __init__(self, networks: Networks, noise: np.ndarray) -> None:
         self._networks, self.noise = networks, noise
-        for layer in (*networks.encoder.layers, *networks.decoder.layers):
-            if getattr(layer, "activation", None) is keras.activations.silu:
-                layer.activation = _silu
 
     def score(self, inputs: dict[str, np.ndarray]) -> Scores:
         """Scores encoded rows, see `EncodedTable.inputs`."""
@@ -125,11 +121,6 @@ class ElboScorer:
             classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
             heads["classes"] = ops.take(classes, order, axis=1)
         return [heads[name] for name in sorted(heads)]
-
-
-def _silu(x: Any) -> Any:
-    """The same as TensorFlow's, whose own gradient would keep every traced graph in memory for ever."""
-    return x * ops.sigmoid(x)
 
 
 def _in_batches(function: Any, inputs: dict[str, np.ndarray], max_rows: int) -> list[np.ndarray]:
