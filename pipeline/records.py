@@ -326,17 +326,22 @@ def read_objects(block: bytes, native: pa.Schema) -> pa.Table | None:
     # Arrow 25 crashes on a line `null`, and reads records by their braces, whatever the lines are.
     if not _FIRST_OBJECT.match(block) or _OTHER_LINE.search(block):
         return None
+    table = parse_objects(block, native)
+    num_ends = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
+    return table if table is not None and table.num_rows == num_ends == len(json_lines(block)) else None
+
+
+def parse_objects(block: bytes, native: pa.Schema) -> pa.Table | None:
+    """What Arrow reads in lines that all begin and end with braces, which it takes on trust; None where it refuses."""
     try:
         block.decode()  # Arrow does not look
-        table = pa_json.read_json(
+        return pa_json.read_json(
             pa.BufferReader(block),
             read_options=pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1),
             parse_options=pa_json.ParseOptions(explicit_schema=native, unexpected_field_behavior="ignore"),
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return None
-    num_ends = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
-    return table if table.num_rows == num_ends == len(json_lines(block)) else None
 
 
 def json_lines(block: bytes) -> list[bytes]:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -25,7 +25,7 @@ from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.ml.anomaly.base import AnomalyPrediction, AnomalyResult
 from apache_beam.utils.timestamp import Timestamp
 
-from pipeline.records import json_rows, parse_object, read_objects
+from pipeline.records import json_rows, parse_object, parse_objects
 from vae_model.schema import ConstantFeature, Feature, NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import cast_cells, is_text
 
@@ -265,8 +265,8 @@ def read_json(texts: Sequence[bytes], wanted: Sequence[Reading]) -> Columns:
     faults: dict[int, Fault] = {}
 
     def read(start: int, stop: int) -> None:
-        table = read_objects(b"\n".join(texts[start:stop]), native)
-        if table is not None and table.num_rows == stop - start:
+        table = _parse_all(texts[start:stop], native)
+        if table is not None:
             arrays = []
             for reading, column in zip(wanted, table.columns, strict=True):
                 cast, bad = cast_cells(column, reading.kind)
@@ -297,6 +297,21 @@ def read_json(texts: Sequence[bytes], wanted: Sequence[Reading]) -> Columns:
     read(0, len(texts))
     arrays = [pa.concat_arrays(column) for column in zip(*parts, strict=True)]
     return Columns(arrays, faults)
+
+
+def _parse_all(texts: Sequence[bytes], native: pa.Schema) -> pa.Table | None:
+    """All at once, where each text is plainly one object on one line."""
+    block = b"\n".join(texts)
+    if block.count(b"\n") != len(texts) - 1 or len(block) > len(texts) * _LONG_TEXT:
+        return None
+    if not (all(map(_BEGINS, texts)) and all(map(_ENDS, texts))):
+        return None
+    table = parse_objects(block, native)
+    return table if table is not None and table.num_rows == len(texts) else None
+
+
+_LONG_TEXT = 1 << 20  # bytes on average, from which on texts are read one by one
+_BEGINS, _ENDS = methodcaller("startswith", b"{"), methodcaller("endswith", b"}")
 
 
 def parse_message(text: bytes) -> tuple[dict[str, Any], Fault | None]:
@@ -571,30 +586,28 @@ class Writer:
         ]
 
     def _scored_texts(self, texts: list[bytes], scores: pa.Table) -> list[Any]:
-        added = [text.encode() for text in json_rows(scores).to_pylist()]
+        added = json_rows(scores).to_pylist()
         if self.columns is not None:
             if not self.columns:
-                return list(added)
+                return [more.encode() for more in added]
             kept = self._kept([parse_object(text) for text in texts])
             texts = [json.dumps(record, ensure_ascii=False).encode() for record in kept]
+        if not all(map(_ENDS, texts)):
+            texts = [text.rstrip() for text in texts]
+        # The object has a column that the model reads, and so a comma has something before it.
+        tails = [f",{more[1:]}".encode() for more in added]
+        scored: list[Any] = [text[:-1] + tail for text, tail in zip(texts, tails, strict=True)]
         block = b"\n".join(texts)
-        clash = [name for name in scores.column_names if b'"%b"' % name.encode() in block]
-        scored: list[Any] = []
-        for text, more in zip(texts, added, strict=True):
-            # rstrip copies only where it cuts.
-            head = text.rstrip()[:-1]
-            scored.append(head + b"," + more[1:] if not head.endswith(b"{") else self._alone(head, more))
+        # Two searches, for they take as long as the splicing.
+        possible = scores.column_names if b"anomaly" in block or b"model_version" in block else []
+        clash = [name for name in possible if name.encode() in block]
         if clash:
             for row, text in enumerate(texts):
-                if any(b'"%b"' % name.encode() in text for name in clash):
+                if any(name.encode() in text for name in clash):
                     found = parse_object(text)
                     if any(name in found for name in clash):
                         scored[row] = self._clash(found, clash)
         return scored
-
-    @staticmethod
-    def _alone(head: bytes, more: bytes) -> bytes:
-        return head + more[1:]  # of {}, which has nothing before the comma
 
     @staticmethod
     def _clash(record: Mapping[Any, Any], names: Sequence[str]) -> Fault:
