@@ -83,7 +83,7 @@ class ScoreRecords(beam.PTransform):
         input_format: What bytes, text and messages hold: "json" (also by default) or "avro".
         avro_schema: Of the Avro records: a dict, or JSON text.
         output: "record", in the input's own form; "json", as bytes; or "anomaly_result", Beam's own class.
-        min_batch_size: With `max_batch_duration_secs`, a full Beam bundle waits for so many records.
+        min_batch_size: Taken for RunInference's sake: a batch fills up to `max_batch_size`, if it may wait, anyway.
         max_batch_size: Records scored at once.
         max_batch_duration_secs: How long a record may wait for others of later Beam bundles; None: not at all.
     """
@@ -144,7 +144,7 @@ class ScoreRecords(beam.PTransform):
             batches = records | "Shard" >> beam.ParDo(_Shard(self.max_batch_size)).with_output_types(
                 tuple[int, tuple[Any, int, Any]]
             )
-            do_fn = _ScoreAcrossBundles(scorer, self.min_batch_size, self.max_batch_size, self.max_batch_duration_secs)
+            do_fn = _ScoreAcrossBundles(scorer, self.max_batch_size, self.max_batch_duration_secs)
         score = beam.ParDo(do_fn).with_output_types(self._output_type(records.element_type))
         outputs = batches | "Score" >> score.with_outputs("dead_letters", main="scored")
         outputs.dead_letters.element_type = pa.Table
@@ -434,9 +434,9 @@ class _ScoreAcrossBundles(beam.DoFn):
     DUE = TimerSpec("due", TimeDomain.REAL_TIME)
     WINDOW_END = TimerSpec("window_end", TimeDomain.WATERMARK)
 
-    def __init__(self, scorer: _RecordScorer, min_size: int, max_size: int, max_duration_secs: float) -> None:
+    def __init__(self, scorer: _RecordScorer, max_size: int, max_duration_secs: float) -> None:
         self._scorer = scorer
-        self._min_size, self._max_size, self._max_duration_secs = min_size, max_size, max_duration_secs
+        self._max_size, self._max_duration_secs = max_size, max_duration_secs
 
     def setup(self) -> None:
         self._scorer.setup()
