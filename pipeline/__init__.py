@@ -1,4 +1,4 @@
-"""The Beam plugin: scores tables with a `vae_model` bundle inside a pipeline.
+"""The Beam plugin: scores tables and records with a `vae_model` bundle inside a pipeline.
 
 Importing this package loads neither Beam nor TensorFlow.
 """
@@ -6,19 +6,21 @@ Importing this package loads neither Beam nor TensorFlow.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.score_records import ScoreRecords
     from pipeline.sinks import WriteDeadLetters, WriteTables
     from pipeline.sources import ReadTables
     from pipeline.transforms import ScoreTables, VAEScoreDoFn
 
 _HOME = {
     "ReadTables": "sources",
+    "ScoreRecords": "score_records",
     "ScoreTables": "transforms",
     "VAEScoreDoFn": "transforms",
     "WriteDeadLetters": "sinks",
     "WriteTables": "sinks",
 }
 
-__all__ = ["ReadTables", "ScoreTables", "VAEScoreDoFn", "WriteDeadLetters", "WriteTables"]
+__all__ = ["ReadTables", "ScoreRecords", "ScoreTables", "VAEScoreDoFn", "WriteDeadLetters", "WriteTables"]
 
 
 def __getattr__(name: str) -> Any:

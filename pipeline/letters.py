@@ -24,6 +24,11 @@ class Letters:
 
     def send(self, letters: pa.Table) -> beam.pvalue.TaggedOutput:
         """The letters (`DEAD_LETTER_SCHEMA`) as the step's output "dead_letters"."""
+        self.count(letters)
+        return beam.pvalue.TaggedOutput("dead_letters", letters)
+
+    def count(self, letters: pa.Table) -> None:
+        """Counts and logs letters that are sent otherwise."""
         counted = letters.select(["column", "error_type", "num_records"])
         counted = counted.set_column(2, "num_records", letters["num_records"].fill_null(1))
         kinds = counted.group_by(["column", "error_type"]).aggregate([("num_records", "sum")])
@@ -36,4 +41,3 @@ class Letters:
                 self._told.add(place)
                 logger.warning("dead letters: %s: %s (told once per worker)", *place)
         self._num_unreadable_files.inc(letters["num_records"].null_count)
-        return beam.pvalue.TaggedOutput("dead_letters", letters)

@@ -18,7 +18,7 @@ from vae_model.tables import Rejects, cast_cells, is_text
 DEAD_LETTER_SCHEMA = pa.schema(
     [
         ("payload", pa.string()),
-        ("payload_format", pa.string()),  # json, csv, jsonl; none where there is no payload
+        ("payload_format", pa.string()),  # json, csv, jsonl; base64 of what is no text; none where there is no payload
         ("source", pa.string()),
         ("attributes", pa.map_(pa.string(), pa.string())),
         ("stage", pa.string()),
@@ -97,6 +97,42 @@ def line_letters(
         stage=stage,
         error_type="malformed_line",
         error=errors,
+        num_records=1,
+    )
+
+
+def record_letters(
+    payloads: Sequence[tuple[str, str]],
+    faults: Sequence[tuple[str | None, str, str]],
+    *,
+    attributes: Sequence[dict[str, str] | None],
+    event_times: Sequence[int | None],
+    stage: str,
+    model_version: str,
+) -> pa.Table:
+    """One letter per record of a stream.
+
+    Args:
+        payloads: The records as text, with its format.
+        faults: Column, kind of error and error of each.
+        attributes: Of each one's message.
+        event_times: Microseconds since 1970.
+        stage: What was being done to them.
+        model_version: The model that was to score them.
+    """
+    columns, error_types, errors = zip(*faults, strict=True)
+    texts, formats = zip(*payloads, strict=True)
+    return _letters(
+        len(faults),
+        payload=texts,
+        payload_format=formats,
+        attributes=[None if items is None else list(items.items()) for items in attributes],
+        stage=stage,
+        column=columns,
+        error_type=error_types,
+        error=errors,
+        model_version=model_version,
+        event_time=pa.array(event_times, pa.int64()).cast(pa.timestamp("us", "UTC")),
         num_records=1,
     )
 
@@ -280,23 +316,34 @@ def parse_json_lines(block: bytes, schema: pa.Schema) -> ParsedLines:
         A table with the columns of `schema` that JSON can hold; `tables.conform` casts the rest.
     """
     native = pa.schema([(field.name, _json_type(field.type)) for field in schema])
-    # Arrow 25 crashes on a line `null`, and reads records by their braces, whatever the lines are.
     long = len(block) > MAX_LINE_BYTES and max(map(len, json_lines(block)), default=0) > MAX_LINE_BYTES
-    if not long and _FIRST_OBJECT.match(block) and not _OTHER_LINE.search(block):
-        try:
-            block.decode()  # Arrow does not look
-            table = pa_json.read_json(
-                pa.BufferReader(block),
-                read_options=pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1),
-                parse_options=pa_json.ParseOptions(explicit_schema=native, unexpected_field_behavior="ignore"),
-            )
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
-            pass
-        else:
-            num_ends = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
-            if table.num_rows == num_ends == len(json_lines(block)):
-                return ParsedLines(table, block, [], [], [])
+    table = None if long else read_objects(block, native)
+    if table is not None:
+        return ParsedLines(table, block, [], [], [])
     return _parse_one_by_one(json_lines(block), schema, native)
+
+
+def read_objects(block: bytes, native: pa.Schema) -> pa.Table | None:
+    """Lines of one JSON object each, read by Arrow at once; None where any is something else."""
+    # Arrow 25 crashes on a line `null`, and reads records by their braces, whatever the lines are.
+    if not _FIRST_OBJECT.match(block) or _OTHER_LINE.search(block):
+        return None
+    table = parse_objects(block, native)
+    num_ends = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
+    return table if table is not None and table.num_rows == num_ends == len(json_lines(block)) else None
+
+
+def parse_objects(block: bytes, native: pa.Schema) -> pa.Table | None:
+    """What Arrow reads in lines that all begin and end with braces, which it takes on trust; None where it refuses."""
+    try:
+        block.decode()  # Arrow does not look
+        return pa_json.read_json(
+            pa.BufferReader(block),
+            read_options=pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=pa_json.ParseOptions(explicit_schema=native, unexpected_field_behavior="ignore"),
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
+        return None
 
 
 def json_lines(block: bytes) -> list[bytes]:
@@ -327,7 +374,7 @@ def _parse_one_by_one(lines: list[bytes], schema: pa.Schema, native: pa.Schema) 
     errors: list[str] = []
     for line in lines:
         try:
-            records.append(_parse_line(line))
+            records.append(parse_object(line))
             good.append(line)
         except (ValueError, RecursionError) as error:
             shown = line if len(line) <= MAX_LINE_BYTES else line[:_SHOWN_BYTES]
@@ -345,7 +392,12 @@ def _parse_one_by_one(lines: list[bytes], schema: pa.Schema, native: pa.Schema) 
     return ParsedLines(pa.table(columns, schema=native), b"\n".join(good), wrong_cells, bad_lines, errors)
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object that a text holds.
+
+    Raises:
+        ValueError: It holds something else (or `RecursionError`, where that is nested too deeply).
+    """
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB, of which this is the beginning")
     text = line.decode()

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import StandardOptions
 
 import pipeline.coders  # noqa: F401  makes it known to Beam
-from pipeline.letters import NAMESPACE, Letters
+from pipeline.letters import Letters
+from pipeline.metrics import ScoringMetrics
 from pipeline.models import REFRESH_SECS, Launched, ModelSource, launch
 from pipeline.records import SOURCE_KEY, dead_letters
 from vae_model.bundle import Bundle, refuse_clash, score_fields
@@ -129,50 +129,29 @@ class VAEScoreDoFn(beam.DoFn):
         self._options: dict[str, Any] = {"reasons": reasons, "threshold": threshold, "prefix": prefix}
         self._columns = None if columns is None else list(columns)
         self._letters = Letters()
-        # RunInference's names, so that dashboards made for it work.
-        self._num_inferences = Metrics.counter(NAMESPACE, "num_inferences")
-        self._batch_size = Metrics.distribution(NAMESPACE, "inference_request_batch_size")
-        self._batch_bytes = Metrics.distribution(NAMESPACE, "inference_request_batch_byte_size")
-        self._batch_latency = Metrics.distribution(NAMESPACE, "inference_batch_latency_micro_secs")
-        self._load_latency = Metrics.distribution(NAMESPACE, "load_model_latency_milli_secs")
-        self._model_bytes = Metrics.distribution(NAMESPACE, "model_byte_size")
-        self._num_anomalies = Metrics.counter(NAMESPACE, "num_anomalies")
-        self._mean_score = Metrics.distribution(NAMESPACE, "batch_mean_score_milli_nats")
-        self._max_score = Metrics.distribution(NAMESPACE, "batch_max_score_milli_nats")
+        self._metrics = ScoringMetrics()
 
     def setup(self) -> None:
         start = time.perf_counter()
         self._model = self._source.open()
         # Metrics belong to a Beam bundle; there is none yet.
-        self._loaded: int | None = int(1e3 * (time.perf_counter() - start))
+        self._loaded: float | None = time.perf_counter() - start
 
     def process(self, table: pa.Table) -> Iterator[Any]:
         bundle = self._model.current()
         if self._loaded is not None:
-            self._load_latency.update(self._loaded)
-            self._model_bytes.update(sum(weight.nbytes for weight in bundle.weights.values()))
+            self._metrics.loaded(bundle, self._loaded)
             self._loaded = None
         source = (table.schema.metadata or {}).get(SOURCE_KEY, b"").decode() or None
         table = table.replace_schema_metadata(None)
         start = time.perf_counter()
         scored, rejects = bundle.split(table, **self._options)
-        self._batch_latency.update(int(1e6 * (time.perf_counter() - start)))
-        self._batch_size.update(table.num_rows)
-        self._batch_bytes.update(table.nbytes)
+        self._metrics.batch(table, scored, self._options["prefix"], time.perf_counter() - start)
         if len(rejects):
             letters = dead_letters(table, rejects, source=source, stage="score", model_version=bundle.model_version)
             yield self._letters.send(letters)
         if scored.num_rows:
-            self._count(scored)
             if self._columns is not None:
                 added = [field.name for field in score_fields(self._options["reasons"], self._options["prefix"])]
                 scored = scored.select(self._columns + added)
             yield scored
-
-    def _count(self, scored: pa.Table) -> None:
-        prefix = self._options["prefix"]
-        self._num_inferences.inc(scored.num_rows)
-        self._num_anomalies.inc(pa.compute.sum(scored.column(f"{prefix}is_anomaly")).as_py())
-        score = scored.column(f"{prefix}anomaly_score")
-        self._mean_score.update(round(1e3 * pa.compute.mean(score).as_py()))
-        self._max_score.update(round(1e3 * pa.compute.max(score).as_py()))

@@ -534,3 +534,10 @@ def test_words_for_no_value_are_missing_where_numbers_or_times_are_wanted(word):
 def test_words_for_no_value_stay_text_where_text_is_wanted():
     column, _ = cast_cells(pa.chunked_array([pa.array(["NA", ""], pa.large_string())]), pa.string())
     assert column.to_pylist() == ["NA", ""]
+
+
+def test_a_time_without_an_offset_is_not_read_with_that_of_another():
+    texts = ["2025-01-02T12:00:00+01:00", "2025-01-02T12:00:00", "2025-01-02", "2025-01-02 12:00Z", "2025-01-02T12"]
+    together, bad = cast_cells(pa.chunked_array([texts]), pa.timestamp("us"))
+    assert not len(bad)
+    assert [time.hour for time in together.to_pylist()] == [11, 12, 0, 12, 12]

@@ -240,13 +240,21 @@ def _read_times(text: pa.ChunkedArray) -> pa.ChunkedArray:
         return text.cast(pa.timestamp("us"))
     except pa.ArrowInvalid:
         pass
-    # pandas knows offsets and short forms, but only the years 1678 to 2261.
-    read = pd.to_datetime(text.to_pandas(), errors="coerce", format="ISO8601", utc=True)
-    times = pa.chunked_array(
-        [pa.array(read, pa.timestamp("ns", "UTC"), from_pandas=True).cast(pa.timestamp("us"), safe=False)]
-    )
+    # pandas knows offsets and short forms, but only the years 1678 to 2261. It reads a time without an offset as
+    # if it had that of the one before, so these are read apart.
+    zoned = pc.match_substring_regex(text, _OFFSET_TEXT)
+    times = pc.coalesce(_read_iso(pc.if_else(zoned, text, None)), _read_iso(pc.if_else(zoned, None, text)))
     rest = pc.if_else(times.is_valid(), None, _matching(text, r"^\d{4}-\d\d-\d\d"))
     return pc.coalesce(times, _cast_each(rest, pa.timestamp("us")))
+
+
+_OFFSET_TEXT = r"[Tt ].*([Zz]|[+-]\d\d(:?\d\d)?)$"
+
+
+def _read_iso(text: pa.ChunkedArray) -> pa.ChunkedArray:
+    read = pd.to_datetime(text.to_pandas(), errors="coerce", format="ISO8601", utc=True)
+    times = pa.array(read, pa.timestamp("ns", "UTC"), from_pandas=True)
+    return pa.chunked_array([times.cast(pa.timestamp("us"), safe=False)])
 
 
 def conform(table: pa.Table, schema: pa.Schema, required: Sequence[str] = ()) -> tuple[pa.Table, Rejects]:

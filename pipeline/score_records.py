@@ -1,0 +1,500 @@
+"""Scoring records one by one as they come, in batches of one table each: batch and streaming pipelines alike."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.coders import FastPrimitivesCoder
+from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.ml.anomaly.base import AnomalyResult
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import (
+    BagStateSpec,
+    ReadModifyWriteStateSpec,
+    TimerSpec,
+    on_timer,
+)
+from apache_beam.typehints.row_type import RowTypeConstraint
+from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import (
+    PANE_INFO_UNKNOWN,
+    PaneInfo,
+    WindowedValue,
+)
+from apache_beam.utils.windowed_value import (
+    create as windowed_value,
+)
+
+from pipeline.letters import Letters
+from pipeline.metrics import ScoringMetrics
+from pipeline.models import Launched, ModelSource, launch
+from pipeline.records import record_letters
+from pipeline.rows import (
+    INPUT_FORMATS,
+    OUTPUTS,
+    AvroReader,
+    Columns,
+    Fault,
+    Form,
+    Reading,
+    Writer,
+    form_of,
+    payload,
+    read_json,
+    read_records,
+    readings,
+    shown,
+)
+from pipeline.transforms import refresh_secs
+from vae_model.bundle import Bundle, score_fields
+
+_NUM_SHARDS = 8  # batches that can fill at the same time, with max_batch_duration_secs
+
+
+class ScoredRecords(NamedTuple):
+    """Every input record is in one of the two."""
+
+    scored: beam.PCollection[Any]
+    dead_letters: beam.PCollection[pa.Table]
+
+
+@dataclass
+class ScoreRecords(beam.PTransform):
+    """Scores dicts, rows, JSON, Avro and Pub/Sub messages: `.scored` records, and `.dead_letters` of the others.
+
+    Each record keeps its timestamp, window and pane. Errors cost only their own record.
+
+    Args:
+        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
+        reasons: Strangest columns to explain per record.
+        threshold: Score, in nats, that replaces the bundle's.
+        prefix: Of the score columns' names.
+        columns: Input columns to keep; None keeps all, an empty list the scores alone.
+        input_format: What bytes, text and messages hold: "json" (also by default) or "avro".
+        avro_schema: Of the Avro records: a dict, or JSON text.
+        output: "record", in the input's own form; "json", as bytes; or "anomaly_result", Beam's own class.
+        min_batch_size: Taken for RunInference's sake: a batch fills up to `max_batch_size`, if it may wait, anyway.
+        max_batch_size: Records scored at once.
+        max_batch_duration_secs: How long a record may wait for others of later Beam bundles; None: not at all.
+        model_refresh_secs: How often a pointer is read again; see `ScoreTables`.
+    """
+
+    bundle: str
+    reasons: int = 0
+    threshold: float | None = None
+    prefix: str = ""
+    columns: Sequence[str] | None = None
+    input_format: str | None = None
+    avro_schema: Any = None
+    output: str = "record"
+    min_batch_size: int = 1
+    max_batch_size: int = 4096
+    max_batch_duration_secs: float | None = None
+    model_refresh_secs: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if self.input_format not in INPUT_FORMATS:
+            raise ValueError(f'input_format: expected "json" or "avro", got {self.input_format!r}')
+        if (self.input_format == "avro") != (self.avro_schema is not None):
+            raise ValueError('avro_schema: expected with input_format="avro", and only then')
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if self.reasons < 0:
+            raise ValueError(f"reasons: expected a number >= 0, got {self.reasons}")
+        if not 1 <= self.min_batch_size <= self.max_batch_size:
+            raise ValueError(
+                f"max_batch_size: expected at least min_batch_size, and that at least 1, got "
+                f"{self.max_batch_size} and {self.min_batch_size}"
+            )
+        if self.max_batch_duration_secs is not None and not self.max_batch_duration_secs > 0:
+            raise ValueError(f"max_batch_duration_secs: expected seconds > 0, got {self.max_batch_duration_secs}")
+        clash = {field.name for field in score_fields(self.reasons, self.prefix)} & set(self.columns or ())
+        if clash:
+            raise ValueError(f"{sorted(clash)[0]}: named in columns, but it is a score column; choose a prefix")
+
+    def with_exception_handling(self) -> ScoreRecords:
+        """The same: errors are always caught, record by record."""
+        return self
+
+    @cached_property
+    def launched(self) -> Launched:
+        """The bundle as it is when the pipeline is built, read once, and where it is."""
+        return launch(self.bundle)
+
+    def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
+        scorer = _RecordScorer(
+            self.launched.source(refresh_secs(self.model_refresh_secs, records)),
+            {"reasons": self.reasons, "threshold": self.threshold, "prefix": self.prefix},
+            Writer(self.output, None if self.columns is None else tuple(self.columns), self.prefix),
+            AvroReader(self.avro_schema) if self.input_format == "avro" else None,
+        )
+        if self.max_batch_duration_secs is None:
+            batches, do_fn = records, _ScoreInBundle(scorer, self.max_batch_size)
+        else:
+            batches = records | "Shard" >> beam.ParDo(_Shard(self.max_batch_size)).with_output_types(
+                tuple[int, tuple[Any, int, Any]]
+            )
+            do_fn = _ScoreAcrossBundles(scorer, self.max_batch_size, self.max_batch_duration_secs)
+        score = beam.ParDo(do_fn).with_output_types(self._output_type(records.element_type))
+        outputs = batches | "Score" >> score.with_outputs("dead_letters", main="scored")
+        outputs.dead_letters.element_type = pa.Table
+        return ScoredRecords(outputs.scored, outputs.dead_letters)
+
+    def _output_type(self, element_type: Any) -> Any:
+        if self.output == "json":
+            return bytes
+        if self.output == "anomaly_result":
+            return AnomalyResult
+        if element_type in (bytes, str, PubsubMessage):
+            if self.input_format == "avro" and element_type is bytes:
+                return dict[str, Any]
+            return element_type
+        row = RowTypeConstraint.from_user_type(element_type)
+        if isinstance(element_type, RowTypeConstraint):
+            row = element_type
+        if row is not None:
+            return self._row_type(row)
+        return Any
+
+    def _row_type(self, row: RowTypeConstraint) -> Any:
+        """Of scored rows.
+
+        Raises:
+            ValueError: Such rows cannot be scored, or lack a column that is to be kept.
+        """
+        fields = dict(row._fields)
+        for name in self.launched.bundle.schema.names:
+            if name not in fields:
+                raise ValueError(
+                    f"{self.launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
+                )
+        added = _score_types(self.reasons, self.prefix)
+        for name in self.columns or ():
+            if name not in fields:
+                raise ValueError(f"{name}: named in columns, but the rows have only {', '.join(fields)}")
+        if self.columns is not None:
+            fields = {name: fields[name] for name in self.columns}
+        for name in added:
+            if name in fields:
+                raise ValueError(f"{name}: the rows have such a column already; choose a prefix for the scores")
+        return RowTypeConstraint.from_fields([*fields.items(), *added.items()])
+
+
+def _score_types(reasons: int, prefix: str) -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for field in score_fields(reasons, prefix):
+        types[field.name] = (
+            Sequence[RowTypeConstraint.from_fields([(item.name, _python_type(item)) for item in field.type.value_type])]  # type: ignore[misc]
+            if pa.types.is_list(field.type)
+            else _python_type(field, optional=False)
+        )
+    return types
+
+
+def _python_type(field: pa.Field, optional: bool = True) -> Any:
+    kind: Any = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str}[field.type]
+    return kind | None if optional and kind is str else kind
+
+
+# ---- a batch of elements ---------------------------------------------------------------------------
+
+
+class _RecordScorer:
+    """Scores elements of any kind: what the DoFns below share.
+
+    Args:
+        source: Of the model.
+        options: Of `Bundle.split`.
+        writer: Puts scores onto records.
+        avro: Reads Avro, or None where bytes are JSON.
+    """
+
+    def __init__(self, source: ModelSource, options: dict[str, Any], writer: Writer, avro: AvroReader | None) -> None:
+        self._source = source
+        self._options, self._writer, self._avro = options, writer, avro
+        self._letters, self._metrics = Letters(), ScoringMetrics()
+        self._forms: dict[type, Form | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_forms": {}}  # functions of a type are found again
+
+    def setup(self) -> None:
+        """Loads the model, unless this process has it."""
+        start = time.perf_counter()
+        self._model = self._source.open()
+        self._use(self._model.bundle)
+        # Metrics belong to a Beam bundle; there is none yet.
+        self._loaded: float | None = time.perf_counter() - start
+
+    def _use(self, bundle: Bundle) -> None:
+        self._bundle, self._readings = bundle, readings(bundle.schema)
+
+    def score(self, batch: list[WindowedValue]) -> Iterator[Any]:
+        """Each element's outcome with the element's own timestamp, windows and pane."""
+        if not batch:
+            return
+        bundle = self._model.current()  # from here to the end of the batch
+        if bundle is not self._bundle:
+            self._use(bundle)
+        if self._loaded is not None:
+            self._metrics.loaded(bundle, self._loaded)
+            self._loaded = None
+        elements = [item.value for item in batch]
+        kinds = set(map(type, elements))
+        faults: dict[int, Fault] = {}
+        for kind in kinds:
+            rows = None if len(kinds) == 1 else [i for i, element in enumerate(elements) if type(element) is kind]
+            group = elements if rows is None else [elements[i] for i in rows]
+            places = range(len(batch)) if rows is None else rows
+            for place, outcome in zip(places, self._outcomes(kind, group), strict=True):
+                if type(outcome) is Fault:
+                    faults[place] = outcome
+                else:
+                    yield batch[place].with_value(outcome)
+        if faults:
+            yield from self._dead_letters(batch, dict(sorted(faults.items())))
+
+    def _outcomes(self, kind: type, elements: list[Any]) -> list[Any]:
+        """What each element of one type becomes, or its `Fault`."""
+        if kind not in self._forms:
+            self._forms[kind] = form_of(kind, self._avro)
+        form = self._forms[kind]
+        if form is None:
+            error = "expected a record (dict, row, JSON or message), got "
+            return [Fault(None, "not_a_record", error + shown(element)) for element in elements]
+        records, faults = _records(form, elements)
+        columns = (read_json if form.to_text else read_records)(records, self._readings)
+        faults = {**columns.faults, **faults}
+        return self._scored(form, elements, records, Columns(columns.arrays, faults))
+
+    def _scored(self, form: Form, elements: list[Any], records: list[Any], columns: Columns) -> list[Any]:
+        bundle, prefix = self._bundle, self._options["prefix"]
+        table = pa.Table.from_arrays(columns.arrays, self._names(self._readings))
+        outcomes: list[Any] = [columns.faults.get(row) for row in range(len(elements))] if columns.faults else []
+        rows: list[int] | None = None
+        if columns.faults:
+            rows = [row for row, outcome in enumerate(outcomes) if outcome is None]
+            if not rows:
+                return outcomes
+            table = table.take(pa.array(rows))
+        start = time.perf_counter()
+        scored, rejects = bundle.split(table, **self._options)
+        self._metrics.batch(table, scored, prefix, time.perf_counter() - start)
+        if len(rejects):
+            rows = list(range(len(elements))) if rows is None else rows
+            outcomes = outcomes or [None] * len(elements)
+            for row, *why in zip(*rejects.table().to_pydict().values(), strict=True):
+                outcomes[rows[row]] = Fault(*why)
+            rows = [row for row, keep in zip(rows, rejects.keep.tolist(), strict=True) if keep]
+        scores = scored.select([field.name for field in score_fields(self._options["reasons"], prefix)])
+        threshold = self._options["threshold"]
+        limit = float(np.float32(bundle.threshold.value if threshold is None else threshold))
+        if rows is None:
+            return self._writer.write(form, elements, records, scores, limit)
+        chosen = [elements[row] for row in rows], [records[row] for row in rows]
+        for row, outcome in zip(rows, self._writer.write(form, *chosen, scores, limit), strict=True):
+            outcomes[row] = outcome
+        return outcomes
+
+    @staticmethod
+    def _names(wanted: Sequence[Reading]) -> list[str]:
+        return [reading.name for reading in wanted]
+
+    def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault]) -> Iterator[Any]:
+        elements = [batch[row].value for row in faults]
+        letters = record_letters(
+            [payload(element) for element in elements],
+            list(faults.values()),
+            attributes=[element.attributes if isinstance(element, PubsubMessage) else None for element in elements],
+            event_times=[_event_time(batch[row].timestamp_micros) for row in faults],
+            stage="score",
+            model_version=self._bundle.model_version,
+        )
+        self._letters.count(letters)
+        places: dict[Any, list[int]] = {}
+        for place, row in enumerate(faults):
+            item = batch[row]
+            places.setdefault((item.timestamp_micros, tuple(item.windows), item.pane_info), []).append(place)
+        rows = list(faults)
+        for together in places.values():
+            own = letters if len(places) == 1 else letters.take(pa.array(together))
+            yield beam.pvalue.TaggedOutput("dead_letters", batch[rows[together[0]]].with_value(own))
+
+
+def _records(form: Form, elements: list[Any]) -> tuple[list[Any], dict[int, Fault]]:
+    """The elements' dicts or texts; an element that has none has an empty one, and a fault."""
+    read = form.to_text or form.to_record
+    assert read is not None
+    try:
+        return list(map(read, elements)), {}
+    except ValueError:
+        pass
+    records: list[Any] = []
+    faults: dict[int, Fault] = {}
+    for row, element in enumerate(elements):
+        try:
+            records.append(read(element))
+        except ValueError as error:
+            records.append({})
+            faults[row] = Fault(None, "malformed_record", str(error))
+    return records, faults
+
+
+_FIRST_YEAR, _LAST_YEAR = -62_135_596_800_000_000, 253_402_300_799_999_999  # 1 and 9999, in microseconds
+
+
+def _event_time(micros: int) -> int | None:
+    return micros if _FIRST_YEAR <= micros <= _LAST_YEAR else None  # Beam's own least and greatest say nothing
+
+
+class _Windows(tuple[Any, ...]):
+    """Windows of an element that is sent while one in several windows is processed.
+
+    Beam multiplies the windows of what is sent by the number of the processed element's, which is right only for
+    a window that the DoFn chose itself.
+    """
+
+    def __mul__(self, number: Any) -> _Windows:
+        return self
+
+
+def _with_own_windows(outputs: Iterator[Any]) -> Iterator[Any]:
+    for output in outputs:
+        value = output.value if isinstance(output, beam.pvalue.TaggedOutput) else output
+        value.windows = _Windows(value.windows)
+        yield output
+
+
+# ---- within a Beam bundle --------------------------------------------------------------------------
+
+
+class _ScoreInBundle(beam.DoFn):
+    """Scores the elements of a Beam bundle together; the last ones as it ends."""
+
+    def __init__(self, scorer: _RecordScorer, max_batch_size: int) -> None:
+        self._scorer, self._max_batch_size = scorer, max_batch_size
+        self._batch: list[WindowedValue] = []
+
+    def setup(self) -> None:
+        self._scorer.setup()
+
+    def start_bundle(self) -> None:
+        self._batch = []  # an earlier bundle may have failed
+
+    def process(self, element: Any, item: Any = beam.DoFn.WindowedValueParam) -> Iterable[Any]:
+        batch = self._batch
+        batch.append(item)
+        if len(batch) < self._max_batch_size:
+            return ()
+        self._batch = []
+        outputs = self._scorer.score(batch)
+        return outputs if len(item.windows) == 1 else _with_own_windows(outputs)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        batch, self._batch = self._batch, []
+        return self._scorer.score(batch)
+
+
+# ---- across Beam bundles ---------------------------------------------------------------------------
+
+
+_arrivals = itertools.count()  # of this process, so that short Beam bundles use all shards
+_FIRST_SHARD = (uuid.getnode() ^ os.getpid()) % _NUM_SHARDS
+
+
+class _Shard(beam.DoFn):
+    """Keys elements so that batches fill one after another, and several at once where there are many."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        self._max_batch_size = max_batch_size
+
+    def process(self, element: Any, item: Any = beam.DoFn.WindowedValueParam) -> Iterator[Any]:
+        shard = (next(_arrivals) // self._max_batch_size + _FIRST_SHARD) % _NUM_SHARDS
+        pane = item.pane_info
+        yield shard, (element, item.timestamp_micros, None if pane == PANE_INFO_UNKNOWN else _pane_parts(pane))
+
+
+def _pane_parts(pane: PaneInfo) -> tuple[Any, ...]:
+    return pane.is_first, pane.is_last, pane.timing, pane.index, pane.nonspeculative_index
+
+
+class _ScoreAcrossBundles(beam.DoFn):
+    """Keeps elements in state until a batch is full, the oldest has waited long enough, or the window ends."""
+
+    BATCH = BagStateSpec("batch", FastPrimitivesCoder())
+    # Number of elements, their least timestamp, when to score them at the latest.
+    FILL = ReadModifyWriteStateSpec("fill", FastPrimitivesCoder())
+    DUE = TimerSpec("due", TimeDomain.REAL_TIME)
+    WINDOW_END = TimerSpec("window_end", TimeDomain.WATERMARK)
+
+    def __init__(self, scorer: _RecordScorer, max_size: int, max_duration_secs: float) -> None:
+        self._scorer = scorer
+        self._max_size, self._max_duration_secs = max_size, max_duration_secs
+
+    def setup(self) -> None:
+        self._scorer.setup()
+
+    def process(
+        self,
+        element: tuple[int, tuple[Any, int, Any]],
+        window: Any = beam.DoFn.WindowParam,
+        batch: Any = beam.DoFn.StateParam(BATCH),  # noqa: B008
+        fill: Any = beam.DoFn.StateParam(FILL),  # noqa: B008
+        due: Any = beam.DoFn.TimerParam(DUE),  # noqa: B008
+        window_end: Any = beam.DoFn.TimerParam(WINDOW_END),  # noqa: B008
+    ) -> Iterable[Any]:
+        _, item = element
+        micros = item[1]
+        size, least, deadline = fill.read() or (0, micros, None)
+        batch.add(item)
+        if size + 1 >= self._max_size:
+            due.clear()
+            return self._flush(window, batch, fill)
+        if deadline is None:
+            deadline = time.time() + self._max_duration_secs
+            window_end.set(window.max_timestamp())
+            due.set(Timestamp.of(deadline))
+        elif micros < least:
+            due.set(Timestamp.of(deadline))  # again: it holds the watermark at the element that sets it
+        fill.write((size + 1, min(least, micros), deadline))
+        return ()
+
+    @on_timer(DUE)
+    def on_due(
+        self,
+        window: Any = beam.DoFn.WindowParam,
+        batch: Any = beam.DoFn.StateParam(BATCH),  # noqa: B008
+        fill: Any = beam.DoFn.StateParam(FILL),  # noqa: B008
+    ) -> Iterator[Any]:
+        return self._flush(window, batch, fill)
+
+    @on_timer(WINDOW_END)
+    def on_window_end(
+        self,
+        window: Any = beam.DoFn.WindowParam,
+        batch: Any = beam.DoFn.StateParam(BATCH),  # noqa: B008
+        fill: Any = beam.DoFn.StateParam(FILL),  # noqa: B008
+        due: Any = beam.DoFn.TimerParam(DUE),  # noqa: B008
+    ) -> Iterator[Any]:
+        due.clear()
+        return self._flush(window, batch, fill)
+
+    def _flush(self, window: Any, batch: Any, fill: Any) -> Iterator[Any]:
+        items = [
+            windowed_value(element, micros, (window,), PaneInfo(*pane) if pane else PANE_INFO_UNKNOWN)
+            for element, micros, pane in batch.read()
+        ]
+        batch.clear()
+        fill.clear()
+        return self._scorer.score(items)
