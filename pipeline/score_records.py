@@ -83,7 +83,6 @@ class ScoreRecords(beam.PTransform):
         input_format: What bytes, text and messages hold: "json" (also by default) or "avro".
         avro_schema: Of the Avro records: a dict, or JSON text.
         output: "record", in the input's own form; "json", as bytes; or "anomaly_result", Beam's own class.
-        min_batch_size: Taken for RunInference's sake: a batch fills up to `max_batch_size`, if it may wait, anyway.
         max_batch_size: Records scored at once.
         max_batch_duration_secs: How long a record may wait for others of later Beam bundles; None: not at all.
         model_refresh_secs: How often a pointer is read again; see `ScoreTables`.
@@ -97,7 +96,6 @@ class ScoreRecords(beam.PTransform):
     input_format: str | None = None
     avro_schema: Any = None
     output: str = "record"
-    min_batch_size: int = 1
     max_batch_size: int = 4096
     max_batch_duration_secs: float | None = None
     model_refresh_secs: float | None = None
@@ -112,11 +110,8 @@ class ScoreRecords(beam.PTransform):
             raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if self.reasons < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {self.reasons}")
-        if not 1 <= self.min_batch_size <= self.max_batch_size:
-            raise ValueError(
-                f"max_batch_size: expected at least min_batch_size, and that at least 1, got "
-                f"{self.max_batch_size} and {self.min_batch_size}"
-            )
+        if self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size: expected a number >= 1, got {self.max_batch_size}")
         if self.max_batch_duration_secs is not None and not self.max_batch_duration_secs > 0:
             raise ValueError(f"max_batch_duration_secs: expected seconds > 0, got {self.max_batch_duration_secs}")
         clash = {field.name for field in score_fields(self.reasons, self.prefix)} & set(self.columns or ())

@@ -821,7 +821,7 @@ def test_any_object_can_be_the_payload_of_a_letter():
         ({"input_format": "xml"}, 'input_format: expected "json" or "avro"'),
         ({"input_format": "avro"}, "avro_schema: expected with"),
         ({"output": "csv"}, "output: expected one of record, json, anomaly_result, got 'csv'"),
-        ({"min_batch_size": 9, "max_batch_size": 8}, "max_batch_size: expected at least min_batch_size"),
+        ({"max_batch_size": 0}, "max_batch_size: expected a number >= 1"),
         ({"max_batch_duration_secs": 0}, "max_batch_duration_secs: expected seconds > 0"),
         ({"columns": ["anomaly_score"]}, "anomaly_score: named in columns"),
         ({"reasons": -1}, "reasons: expected a number"),
