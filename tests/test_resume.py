@@ -4,12 +4,25 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vae_model import TrainingConfig, VAEConfig, fit, load_bundle
+from vae_model import Bundle, TrainingConfig, VAEConfig, fit, load_bundle
 
 CONFIG = VAEConfig(hidden_dims=(16,), latent_dim=3, num_samples=2)
+
+
+@pytest.fixture(scope="module")
+def table(mixed_table) -> pa.Table:
+    """A few columns: each fit compiles its network."""
+    return mixed_table.select(["length", "count", "color", "price"])
+
+
+@pytest.fixture(scope="module")
+def whole(table) -> Bundle:
+    """Of a fit without interruption."""
+    return fit(table, CONFIG, steps(400))
 
 
 def steps(num: int, **more) -> TrainingConfig:
@@ -32,13 +45,12 @@ def fit_until(table, output, step: int, training: TrainingConfig) -> None:
 
 
 @pytest.mark.parametrize("step", [40, 130, 390])
-def test_a_resumed_fit_ends_with_the_same_bundle(step, mixed_table, tmp_path):
-    whole = fit(mixed_table, CONFIG, steps(400))
+def test_a_resumed_fit_ends_with_the_same_bundle(step, table, whole, tmp_path):
     output = str(tmp_path / "bundle")
-    fit_until(mixed_table, output, step, steps(400))
+    fit_until(table, output, step, steps(400))
     resumed_from = []
     resumed = fit(
-        mixed_table,
+        table,
         CONFIG,
         steps(400),
         output=output,
@@ -63,9 +75,9 @@ def test_a_resumed_fit_of_a_streamed_table_ends_with_the_same_bundle(make_table,
     assert fit(source, CONFIG, training, output=output, resume=True).model_version == whole.model_version
 
 
-def test_a_resumed_fit_that_had_stopped_early_trains_no_more(mixed_table, tmp_path):
+def test_a_resumed_fit_that_had_stopped_early_trains_no_more(table, tmp_path):
     training = steps(400, patience=1, learning_rate=0.3)
-    whole = fit(mixed_table, CONFIG, training)
+    whole = fit(table, CONFIG, training)
     assert whole.card["training"]["stopped_early"]
     output = str(tmp_path / "bundle")
 
@@ -74,25 +86,25 @@ def test_a_resumed_fit_that_had_stopped_early_trains_no_more(mixed_table, tmp_pa
             raise Killed
 
     with pytest.raises(Killed):
-        fit(mixed_table, CONFIG, training, output=output, on_progress=die)
-    assert fit(mixed_table, CONFIG, training, output=output, resume=True).model_version == whole.model_version
+        fit(table, CONFIG, training, output=output, on_progress=die)
+    assert fit(table, CONFIG, training, output=output, resume=True).model_version == whole.model_version
 
 
-def test_a_checkpoint_of_another_training_is_refused_by_what_differs(mixed_table, tmp_path):
+def test_a_checkpoint_of_another_training_is_refused_by_what_differs(table, tmp_path):
     output = str(tmp_path / "bundle")
-    fit_until(mixed_table, output, 100, steps(400))
+    fit_until(table, output, 100, steps(400))
     with pytest.raises(ValueError, match=r"training\.learning_rate: was 0\.005, is 0\.01; delete it to begin anew"):
-        fit(mixed_table, CONFIG, steps(400, learning_rate=0.01), output=output, resume=True)
+        fit(table, CONFIG, steps(400, learning_rate=0.01), output=output, resume=True)
 
 
-def test_without_resume_a_checkpoint_is_not_taken_up(mixed_table, tmp_path):
+def test_without_resume_a_checkpoint_is_not_taken_up(table, tmp_path):
     output = str(tmp_path / "bundle")
-    fit_until(mixed_table, output, 100, steps(200, seed=1))
-    assert fit(mixed_table, CONFIG, steps(200), output=output).model_version
+    fit_until(table, output, 100, steps(200, seed=1))
+    assert fit(table, CONFIG, steps(200), output=output).model_version
 
 
-def test_a_killed_process_is_resumed_from_the_command_line(mixed_table, tmp_path):
-    pq.write_table(mixed_table, tmp_path / "in.parquet")
+def test_a_killed_process_is_resumed_from_the_command_line(table, tmp_path):
+    pq.write_table(table, tmp_path / "in.parquet")
     output, checkpoint = tmp_path / "bundle", tmp_path / "bundle.checkpoint"
     flags = ["fit", f"--input={tmp_path}/in.parquet", f"--output={output}", "--max_steps=2000", "--hidden_dims=16"]
     command = [sys.executable, "-m", "beam_vae", *flags, "--latent_dim=3", "--num_samples=2"]
