@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from apache_beam.metrics import Metrics
 
 from pipeline.letters import NAMESPACE
+from pipeline.models import model_bytes
 from vae_model.bundle import Bundle
 
 
@@ -27,7 +28,7 @@ class ScoringMetrics:
     def loaded(self, bundle: Bundle, seconds: float) -> None:
         """A model was loaded."""
         self._load_latency.update(int(1e3 * seconds))
-        self._model_bytes.update(sum(weight.nbytes for weight in bundle.weights.values()))
+        self._model_bytes.update(model_bytes(bundle))
 
     def batch(self, table: pa.Table, scored: pa.Table, prefix: str, seconds: float) -> None:
         """A table went in and its scored rows came out."""

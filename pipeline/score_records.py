@@ -46,7 +46,6 @@ from pipeline.rows import (
     Columns,
     Fault,
     Form,
-    Reading,
     Writer,
     form_of,
     payload,
@@ -275,7 +274,7 @@ class _RecordScorer:
 
     def _scored(self, form: Form, elements: list[Any], records: list[Any], columns: Columns) -> list[Any]:
         bundle, prefix = self._bundle, self._options["prefix"]
-        table = pa.Table.from_arrays(columns.arrays, self._names(self._readings))
+        table = pa.Table.from_arrays(columns.arrays, [reading.name for reading in self._readings])
         outcomes: list[Any] = [columns.faults.get(row) for row in range(len(elements))] if columns.faults else []
         rows: list[int] | None = None
         if columns.faults:
@@ -301,10 +300,6 @@ class _RecordScorer:
         for row, outcome in zip(rows, self._writer.write(form, *chosen, scores, limit), strict=True):
             outcomes[row] = outcome
         return outcomes
-
-    @staticmethod
-    def _names(wanted: Sequence[Reading]) -> list[str]:
-        return [reading.name for reading in wanted]
 
     def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault]) -> Iterator[Any]:
         elements = [batch[row].value for row in faults]

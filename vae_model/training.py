@@ -125,7 +125,7 @@ def default_steps(num_rows: int, batch_size: int) -> int:
 
 
 def _compile_steps(vae: keras.Model, beta: Any) -> Any:
-    """Keras's own training step, many times in one compiled graph: it is far from the cost of each call alone."""
+    """Keras's own training step, many times in one graph compiled by XLA: calls one by one take about twice as long."""
     step = tf.autograph.experimental.do_not_convert(vae.train_step)
     vae.optimizer.build(vae.trainable_variables)  # a compiled graph makes no variables
 
@@ -207,10 +207,9 @@ class _Watch:
 
     def betas(self, num_steps: int) -> np.ndarray:
         """The KL term's weight in each of the next steps."""
-        ramp = (self.step + np.arange(num_steps)) / max(self._warmup_steps, 1)
-        return (self._beta * np.minimum(ramp if self._warmup_steps else 1.0, 1.0) * np.ones(num_steps)).astype(
-            np.float32
-        )
+        steps = self.step + np.arange(num_steps)
+        ramp = np.minimum(steps / self._warmup_steps, 1) if self._warmup_steps else np.ones(num_steps)
+        return (self._beta * ramp).astype(np.float32)
 
     def see(self, losses: dict[str, float]) -> None:
         """Takes note of steps done.
