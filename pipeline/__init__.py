@@ -6,21 +6,33 @@ Importing this package loads neither Beam nor TensorFlow.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.kafka import ReadKafka, WriteKafka
     from pipeline.score_records import ScoreRecords
     from pipeline.sinks import WriteDeadLetters, WriteTables
     from pipeline.sources import ReadTables
     from pipeline.transforms import ScoreTables, VAEScoreDoFn
 
 _HOME = {
+    "ReadKafka": "kafka",
     "ReadTables": "sources",
     "ScoreRecords": "score_records",
     "ScoreTables": "transforms",
     "VAEScoreDoFn": "transforms",
     "WriteDeadLetters": "sinks",
+    "WriteKafka": "kafka",
     "WriteTables": "sinks",
 }
 
-__all__ = ["ReadTables", "ScoreRecords", "ScoreTables", "VAEScoreDoFn", "WriteDeadLetters", "WriteTables"]
+__all__ = [
+    "ReadKafka",
+    "ReadTables",
+    "ScoreRecords",
+    "ScoreTables",
+    "VAEScoreDoFn",
+    "WriteDeadLetters",
+    "WriteKafka",
+    "WriteTables",
+]
 
 
 def __getattr__(name: str) -> Any:
