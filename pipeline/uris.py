@@ -19,7 +19,7 @@ def parse_uri(
     Args:
         uri: To read; `%xx` stands for a character, also in parameters.
         scheme: That it has to have.
-        parameters: What turns the text of each known one into its value, or raises `ValueError` saying what it expected.
+        parameters: Of each known one, what turns its text into a value, or raises `ValueError` to say what it expected.
 
     Raises:
         ValueError: Another scheme, no place, or a parameter that is unknown, repeated or has no such value.
