@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.kafka import ReadKafka, WriteKafka
+    from pipeline.replay import ReplayTable
     from pipeline.score_records import ScoreRecords
     from pipeline.sinks import WriteDeadLetters, WriteTables
     from pipeline.sources import ReadTables
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ReadKafka": "kafka",
     "ReadTables": "sources",
+    "ReplayTable": "replay",
     "ScoreRecords": "score_records",
     "ScoreTables": "transforms",
     "VAEScoreDoFn": "transforms",
@@ -26,6 +28,7 @@ _HOME = {
 __all__ = [
     "ReadKafka",
     "ReadTables",
+    "ReplayTable",
     "ScoreRecords",
     "ScoreTables",
     "VAEScoreDoFn",

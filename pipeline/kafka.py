@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
-from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
+from apache_beam.io.restriction_trackers import OffsetRange
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
 
 from pipeline.letters import NAMESPACE
+from pipeline.offsets import FOREVER, RESTRICTION, WATERMARK, Offsets, advance
 from pipeline.uris import parse_uri, positive, seconds, truth
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 Record = tuple[Optional[bytes], Optional[bytes]]  # noqa: UP045  Beam's coders know Optional
 _Element = tuple[str, int, int]  # topic, number of the partition, partitions known at launch
-_FOREVER = 2**62  # the end of what has no end
 _BLOCK_RECORDS = 1000
 _BUNDLE_RECORDS = 10_000  # and then it is another partition's turn
 _BUNDLE_SECS = 1.0
@@ -316,21 +314,7 @@ _parking = _Parking()
 # ---- reading -----------------------------------------------------------------------------------
 
 
-class _Tracker(OffsetRestrictionTracker):
-    """Offsets of one partition, which are read in order and by one reader: they split at the reader only."""
-
-    def try_split(self, fraction_of_remainder: float) -> Any:
-        return None if fraction_of_remainder else super().try_split(0)
-
-    def is_bounded(self) -> bool:
-        return self._range.stop != _FOREVER
-
-
-_RESTRICTION = beam.DoFn.RestrictionParam()  # the DoFn says where it begins
-_WATERMARK = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider())
-
-
-class _ReadTo(beam.DoFn, RestrictionProvider):
+class _ReadTo(beam.DoFn, Offsets):
     """A partition in, its records out, up to the end that it has at launch."""
 
     def __init__(self, source: ReadKafka) -> None:
@@ -346,22 +330,16 @@ class _ReadTo(beam.DoFn, RestrictionProvider):
         try:
             # What a partition received before it was found came after the start.
             start = partition.start_offset("earliest" if number >= num_known else self._source._start)
-            stop = _FOREVER if self._source.until is None else partition.offsets()[1]
+            stop = FOREVER if self._source.until is None else partition.offsets()[1]
         finally:
             partition.close()
         return OffsetRange(start, max(start, stop))
 
-    def create_tracker(self, restriction: OffsetRange) -> _Tracker:
-        return _Tracker(restriction)
-
-    def restriction_size(self, element: _Element, restriction: OffsetRange) -> int:
-        return 1 if restriction.stop == _FOREVER else restriction.size()
-
     def process(
         self,
         element: _Element,
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark)
 
@@ -405,7 +383,7 @@ class _ReadTo(beam.DoFn, RestrictionProvider):
 
     def _records(self, partition: _Partition, tracker: Any, watermark: Any) -> Iterator[TimestampedValue]:
         stop = tracker.current_restriction().stop
-        is_endless = stop == _FOREVER
+        is_endless = stop == FOREVER
         deadline = time.monotonic() + _BUNDLE_SECS
         room = _BUNDLE_RECORDS
         while partition.next < stop:
@@ -430,16 +408,11 @@ class _ReadTo(beam.DoFn, RestrictionProvider):
                     raise RuntimeError(f"{partition.place}: expected records up to {stop}, got an end before")
                 latest = None if ended_at is None else Timestamp(ended_at)
             if latest is not None:
-                self._advance(watermark, latest)
+                advance(watermark, latest - Duration(self._source.max_delay_secs))
             if is_endless and not (records and room > 0 and time.monotonic() < deadline):
                 tracker.defer_remainder(Duration() if records else Duration(_IDLE_SECS))
                 return
         tracker.try_claim(stop)  # offsets at the end that hold no record
-
-    def _advance(self, watermark: Any, latest: Timestamp) -> None:
-        new, old = latest - Duration(self._source.max_delay_secs), watermark.current_watermark()
-        if old is None or new > old:
-            watermark.set_watermark(new)
 
     def _element(self, record: Message, timestamp: Timestamp) -> Record | KafkaRecord:
         if not self._source.with_metadata:
@@ -458,8 +431,8 @@ class _ReadOn(_ReadTo):
     def process(
         self,
         element: _Element,
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark)
 
@@ -472,8 +445,8 @@ class _ReadOnAndCommit(_ReadTo):
         self,
         element: _Element,
         finalizer: Any = beam.DoFn.BundleFinalizerParam,  # before the others, or Beam passes one of them twice
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[TimestampedValue]:
         yield from self._read(element, tracker, watermark, finalizer)
 
@@ -526,7 +499,7 @@ class _ListPartitions(beam.DoFn):
             yield topic, number, num_partitions
 
 
-class _WatchPartitions(beam.DoFn, RestrictionProvider):
+class _WatchPartitions(beam.DoFn, Offsets):
     """The same, and later those that are added; the restriction is of their numbers."""
 
     def __init__(self, cluster: _Cluster, interval_secs: float) -> None:
@@ -534,20 +507,14 @@ class _WatchPartitions(beam.DoFn, RestrictionProvider):
         self._interval_secs = interval_secs
 
     def initial_restriction(self, topic: str) -> OffsetRange:
-        return OffsetRange(0, _FOREVER)
-
-    def create_tracker(self, restriction: OffsetRange) -> _Tracker:
-        return _Tracker(restriction)
-
-    def restriction_size(self, topic: str, restriction: OffsetRange) -> int:
-        return 1
+        return OffsetRange(0, FOREVER)
 
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
         topic: str,
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
         asked = Timestamp.now()
         num_known = tracker.current_restriction().start
@@ -560,7 +527,7 @@ class _WatchPartitions(beam.DoFn, RestrictionProvider):
                 yield TimestampedValue((topic, number, num_known), watermark.current_watermark() or asked)
             else:
                 yield topic, number, num_partitions
-        watermark.set_watermark(max(asked, watermark.current_watermark() or asked))
+        advance(watermark, asked)
         tracker.defer_remainder(Duration(self._interval_secs))
 
 

@@ -437,6 +437,37 @@ class _Read(beam.DoFn):
         return np.flatnonzero(empty).tolist()
 
 
+def tables_from(
+    paths: Sequence[str], file_format: str, schema: pa.Schema, first_row: int = 0, max_rows: int = 16_384
+) -> Iterator[pa.Table]:
+    """The tables of files, one after another from a row on, for those who have no place for dead letters.
+
+    Row groups before that row are not read; a text file is, from its start.
+
+    Raises:
+        ValueError: Something cannot be read, or does not fit the schema.
+    """
+    num_skipped = 0
+    for path in paths:
+        try:
+            sizes = _footer(path).num_rows if file_format == "parquet" else [first_row + 1]
+            for row_group, num_rows in enumerate(sizes):
+                if num_skipped + num_rows <= first_row:
+                    num_skipped += num_rows
+                    continue
+                for part in _READERS[file_format](path, [row_group], schema, max_rows):
+                    table, rejects = conform(part.table, schema)
+                    wrong = [*part.errors, *(error for _, _, error in part.wrong_cells)]
+                    wrong += [f"{reason.column}: {reason.error}" for reason in rejects.reasons]
+                    if wrong:
+                        raise ValueError(wrong[0])
+                    skip = min(first_row - num_skipped, table.num_rows)
+                    num_skipped += skip
+                    yield from rechunk([table.slice(skip)], max_rows)
+        except (_UnreadableError, *_BAD_CONTENT) as error:
+            raise ValueError(f"{path}: expected a {file_format} file without faults, got one with: {error}") from error
+
+
 # ---- the formats: each a generator of the parts of one file, the same rows at each call ---------
 
 

@@ -21,6 +21,7 @@ from apache_beam.utils.timestamp import Timestamp
 from pipeline import ScoreRecords
 from pipeline import kafka as module
 from pipeline.kafka import KafkaRecord, ReadKafka, WriteKafka, read_from, write_to
+from pipeline.offsets import FOREVER
 
 client = pytest.importorskip("confluent_kafka", reason="needs the kafka extra")
 
@@ -111,7 +112,7 @@ class Leg:
 
 def read_on(step, start, count, element, watermark=None):
     """The first `count` outputs from an offset on, by as many calls as it takes, and the last call."""
-    restriction, outputs, deadline = OffsetRange(start, module._FOREVER), [], time.monotonic() + 20
+    restriction, outputs, deadline = OffsetRange(start, FOREVER), [], time.monotonic() + 20
     while True:
         leg = Leg(step, restriction, watermark, element)
         outputs += leg.run()
@@ -192,7 +193,7 @@ def test_starts(brokers, step):
 
     def start(element=element, **arguments):
         restriction = step(**arguments).initial_restriction(element)
-        assert restriction.stop == module._FOREVER
+        assert restriction.stop == FOREVER
         return restriction.start
 
     assert start() == 0
@@ -229,7 +230,7 @@ def test_reading_goes_on_where_a_runner_split_it(brokers, step):
 def test_a_partition_is_not_shared_by_two_readers(step):
     leg = Leg(step(), OffsetRange(0, 1000))
     assert leg.tracker.try_split(0.5) is None
-    assert Leg(step(), OffsetRange(0, module._FOREVER)).tracker.try_split(0.5) is None
+    assert Leg(step(), OffsetRange(0, FOREVER)).tracker.try_split(0.5) is None
 
 
 def test_a_busy_partition_makes_way_for_others_and_keeps_its_consumer(brokers, step, monkeypatch):
@@ -248,7 +249,7 @@ def test_a_busy_partition_makes_way_for_others_and_keeps_its_consumer(brokers, s
         restriction, _ = leg.rest
         sizes.append(len(new))
         outputs += new
-        assert restriction == OffsetRange(len(outputs), module._FOREVER)
+        assert restriction == OffsetRange(len(outputs), FOREVER)
     assert values(outputs) == list(range(1000))
     assert max(sizes) <= 300
     assert seeks == [0]
@@ -264,7 +265,7 @@ def test_added_partitions_are_found_and_known_ones_are_not_named_again(brokers):
     assert 25 < delay.micros / 1e6 <= 30
     # As if two of them had been added since.
     since = Timestamp(1_700_000_000)
-    leg = Leg(watch, OffsetRange(2, module._FOREVER), since, element="grows")
+    leg = Leg(watch, OffsetRange(2, FOREVER), since, element="grows")
     assert [(new.value, new.timestamp) for new in leg.run()] == [(("grows", number, 2), since) for number in (2, 3)]
     assert leg.watermark.current_watermark() > since
 
@@ -273,7 +274,7 @@ def test_partitions_that_no_one_reads_are_told_once(brokers, step, caplog):
     brokers.send("grown", numbered(1))
     read = step()
     for _ in range(2):
-        Leg(read, OffsetRange(1, module._FOREVER), element=("grown", 0, 3)).run()
+        Leg(read, OffsetRange(1, FOREVER), element=("grown", 0, 3)).run()
         read._tell_at = 0
     [line] = [record.getMessage() for record in caplog.records if "were added" in record.getMessage()]
     assert "/grown: 1 partitions were added and are not read" in line
@@ -301,7 +302,7 @@ def test_an_idle_partition_follows_the_clock_once_the_broker_says_that_it_is_at_
     brokers.send("idle", numbered(3))
     read = step(max_delay_secs=2)
     before = time.time()
-    leg = Leg(read, OffsetRange(3, module._FOREVER), element=("idle", 0, NUM_PARTITIONS))
+    leg = Leg(read, OffsetRange(3, FOREVER), element=("idle", 0, NUM_PARTITIONS))
     assert leg.run() == []
     assert before - 2 <= float(leg.watermark.current_watermark()) <= time.time() - 2
     rest, delay = leg.rest
