@@ -411,7 +411,8 @@ def test_what_is_written_can_be_read(brokers):
 
 def test_elements_without_a_time_get_the_time_of_writing(brokers):
     before = time.time()
-    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+    # A runner that sets steps up anew for each Beam bundle.
+    with beam.Pipeline(runner="BundleBasedDirectRunner") as pipeline:
         _ = pipeline | beam.Create([(None, b"x")]) | WriteKafka(brokers.servers, "untimed")
     [record] = brokers.receive("untimed", 1)
     assert before - 1 <= record.timestamp()[1] / 1000 <= time.time() + 1
