@@ -18,7 +18,7 @@ COPY . /tmp/beam-vae/
 # Beam is held to the version whose boot is copied below. pip check: where two packages disagree, the
 # build fails and not the job. Nothing is compiled, so a slim image does. The source goes
 # again, for a folder of the same name would shadow what is installed.
-RUN python3 -m pip install --no-cache-dir "apache-beam==${BEAM_VERSION}" /tmp/beam-vae/[gcp] \
+RUN python3 -m pip install --no-cache-dir "apache-beam==${BEAM_VERSION}" /tmp/beam-vae/[gcp,kafka] \
     && python3 -m pip check \
     && rm -r /tmp/beam-vae
 

@@ -138,7 +138,8 @@ class _Partition:
         self._at = partial(TopicPartition, topic, number)
         self._consumer = cluster.consumer()
         self._timeout_secs = cluster.timeout_secs
-        self._heard = self._checked = time.monotonic()
+        self._checked = time.monotonic()
+        self._silent_since: float | None = None
         self._lost = Metrics.counter(NAMESPACE, "kafka_offsets_lost")
 
     def seek(self, offset: int) -> None:
@@ -154,10 +155,9 @@ class _Partition:
         """The next records; none if none came in `_POLL_SECS`.
 
         Raises:
-            KafkaException: The brokers refuse.
-            RuntimeError: The partition is not the one that it was.
+            RuntimeError: The brokers refuse, or the partition is not the one that it was.
         """
-        from confluent_kafka import KafkaError, KafkaException
+        from confluent_kafka import KafkaError
 
         records = []
         for message in self._consumer.consume(max_records, _POLL_SECS):
@@ -171,9 +171,9 @@ class _Partition:
             elif error.code() == KafkaError._AUTO_OFFSET_RESET:
                 self._leave_lost_offsets()
             elif not _is_passing(error):
-                raise KafkaException(error)
+                raise RuntimeError(f"{self.place}: expected records, got {error}")
         if records:
-            self._heard = time.monotonic()
+            self._silent_since = None
         return records
 
     def _leave_lost_offsets(self) -> None:
@@ -208,7 +208,7 @@ class _Partition:
 
     def _ask(self) -> tuple[int, int]:
         first, end = self._consumer.get_watermark_offsets(self._at(), timeout=min(self._timeout_secs, 10))
-        self._heard = time.monotonic()
+        self._silent_since = None
         return first, end
 
     def ended_at(self) -> float | None:
@@ -227,7 +227,9 @@ class _Partition:
         try:
             _, end = self._ask()
         except KafkaException as error:
-            if time.monotonic() - self._heard > self._timeout_secs:
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
+            if time.monotonic() - self._silent_since > self._timeout_secs:
                 raise ConnectionError(self._no_answer(error)) from error
             return None
         finally:
@@ -238,17 +240,27 @@ class _Partition:
         return f"{self.place}: expected its offsets within {self._timeout_secs:g} s, got {error}"
 
     def start_offset(self, start: str | Timestamp) -> int:
-        """Where a start is in this partition."""
+        """Where a start is in this partition.
+
+        Raises:
+            ConnectionError: The brokers do not say.
+        """
+        from confluent_kafka import KafkaException
+
         first, end = self.offsets()
         if start == "latest":
             return end
-        if isinstance(start, Timestamp):
-            [found] = self._consumer.offsets_for_times([self._at(start.micros // 1000)], timeout=self._timeout_secs)
-            return found.offset if found.offset >= 0 else end
-        if start == "committed":
+        if start == "earliest":
+            return first
+        try:
+            if isinstance(start, Timestamp):
+                asked = [self._at(start.micros // 1000)]
+                [found] = self._consumer.offsets_for_times(asked, timeout=self._timeout_secs)
+                return found.offset if found.offset >= 0 else end
             [found] = self._consumer.committed([self._at()], timeout=self._timeout_secs)
-            return found.offset if found.offset >= 0 else first  # one that is gone is told when it is read
-        return first
+        except KafkaException as error:
+            raise ConnectionError(self._no_answer(error)) from error
+        return found.offset if found.offset >= 0 else first  # one that is gone is told when it is read
 
     def commit(self, offset: int) -> None:
         """Tells the group how far it is, without waiting."""

@@ -51,14 +51,14 @@ class Brokers:
         assert len(self._home.list_topics(topic, timeout=10).topics[topic].partitions) == NUM_PARTITIONS
 
     def receive(self, topic, count, group="check", secs=15):
-        """The first `count` records of a topic, of all partitions."""
+        """`count` records of a topic or a few more, of all partitions."""
         consumer = client.Consumer({"bootstrap.servers": self.servers, "group.id": group, "enable.auto.commit": False})
         consumer.assign([client.TopicPartition(topic, number, 0) for number in range(NUM_PARTITIONS)])
         deadline, records = time.monotonic() + secs, []
         while len(records) < count and time.monotonic() < deadline:
             records += [record for record in consumer.consume(count, 0.1) if record.error() is None]
         consumer.close()
-        assert len(records) == count
+        assert len(records) >= count
         return records
 
     def commit(self, topic, group, offset):
@@ -367,7 +367,7 @@ with beam.Pipeline(runner="FnApiRunner") as pipeline:
 """
 
 
-def test_an_endless_job_copies_as_records_come_and_tells_its_group_how_far_it_is(brokers):
+def test_an_endless_job_copies_as_records_come_and_nothing_is_lost_when_it_is_killed(brokers):
     brokers.send("live", numbered(500, NUM_PARTITIONS))
     brokers.make("copied")
     job = subprocess.Popen([sys.executable, "-c", ENDLESS, brokers.servers])
@@ -375,21 +375,27 @@ def test_an_endless_job_copies_as_records_come_and_tells_its_group_how_far_it_is
         brokers.receive("copied", 500)
         brokers.send("live", numbered(100, NUM_PARTITIONS, start=500))
         copied = brokers.receive("copied", 600)
+        # The group is told when a Beam bundle is done.
         deadline = time.monotonic() + 10
         while brokers.committed("live", "job") != [150] * NUM_PARTITIONS and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert brokers.committed("live", "job") == [150] * NUM_PARTITIONS
+        brokers.send("live", numbered(20_000, NUM_PARTITIONS, start=600))
+        brokers.receive("copied", 700)
         assert job.poll() is None
     finally:
         job.kill()
         job.wait()
     assert Counter(int(record.value()) for record in copied) == Counter(range(600))
     assert all(record.timestamp()[1] == MILLIS + int(record.value()) for record in copied)
-    assert brokers.committed("live", "job") == [150] * NUM_PARTITIONS
-    # The next job goes on where this one was.
-    brokers.send("live", numbered(7, start=600))
+    # Killed while it copied the later ones; the next job goes on where the group is.
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        read = pipeline | ReadKafka(brokers.servers, "live", group_id="job", start="committed", until="now")
-        assert_that(read | beam.Values(), equal_to([b"%d" % i for i in range(600, 607)]))
+        rest = pipeline | ReadKafka(brokers.servers, "live", group_id="job", start="committed", until="now")
+        _ = rest | WriteKafka(brokers.servers, "copied")
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        read = pipeline | ReadKafka(brokers.servers, "copied", until="now")
+        numbers = read | beam.Map(lambda record: int(record[1])) | beam.Distinct() | beam.combiners.ToList()
+        assert_that(numbers | beam.Map(sorted), equal_to([list(range(20_600))]))
 
 
 # ---- writing -----------------------------------------------------------------------------------
