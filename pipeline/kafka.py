@@ -718,19 +718,21 @@ class WriteKafka(beam.PTransform):
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[None]:
         if self.expansion_service:
-            from apache_beam.io.kafka import WriteToKafka
-
-            config = {name: str(value) for name, value in self.producer_config.items()}
-            write = WriteToKafka(
-                {**config, "bootstrap.servers": self.bootstrap_servers},
-                self.topic,
-                expansion_service=_service(self.expansion_service),
-            )
-            return records | "WriteToKafka" >> write
+            return records | "WriteToKafka" >> self._java()
         _need_client()
         settings = tuple(sorted(self.producer_config.items()))
         cluster = _Cluster(self.bootstrap_servers, settings, self.config_file, self.timeout_secs)
         return records | "Write" >> beam.ParDo(_Write(cluster, self.topic)).with_output_types(type(None))
+
+    def _java(self) -> beam.PTransform:
+        from apache_beam.io.kafka import WriteToKafka
+
+        config = {name: str(value) for name, value in self.producer_config.items()}
+        return WriteToKafka(
+            {**config, "bootstrap.servers": self.bootstrap_servers},
+            self.topic,
+            expansion_service=_service(self.expansion_service),
+        )
 
 
 class _Write(beam.DoFn):

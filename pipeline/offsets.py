@@ -21,6 +21,13 @@ class Tracker(OffsetRestrictionTracker):
     def try_split(self, fraction_of_remainder: float) -> tuple[OffsetRange, OffsetRange] | None:
         return None if fraction_of_remainder else super().try_split(0)
 
+    def check_done(self) -> None:
+        try:
+            super().check_done()
+        except ValueError as error:
+            wanted = "expected a runner that has splittable DoFns, such as FnApiRunner"
+            raise ValueError(f"{wanted}, got one that left out a part ({error})") from error
+
     def is_bounded(self) -> bool:
         return self._range.stop != FOREVER
 

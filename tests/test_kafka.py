@@ -50,7 +50,7 @@ class Brokers:
         """These brokers make a topic when a producer asks for it."""
         assert len(self._home.list_topics(topic, timeout=10).topics[topic].partitions) == NUM_PARTITIONS
 
-    def receive(self, topic, count, group="check", secs=15):
+    def receive(self, topic, count, group="check", secs=60):
         """`count` records of a topic or a few more, of all partitions."""
         consumer = client.Consumer({"bootstrap.servers": self.servers, "group.id": group, "enable.auto.commit": False})
         consumer.assign([client.TopicPartition(topic, number, 0) for number in range(NUM_PARTITIONS)])
@@ -376,7 +376,7 @@ def test_an_endless_job_copies_as_records_come_and_nothing_is_lost_when_it_is_ki
         brokers.send("live", numbered(100, NUM_PARTITIONS, start=500))
         copied = brokers.receive("copied", 600)
         # The group is told when a Beam bundle is done.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while brokers.committed("live", "job") != [150] * NUM_PARTITIONS and time.monotonic() < deadline:
             time.sleep(0.05)
         assert brokers.committed("live", "job") == [150] * NUM_PARTITIONS
@@ -563,6 +563,9 @@ def test_beams_own_read_and_write_get_the_same_arguments():
     assert fields["start_read_time"] == 1_735_776_000_000
     assert (fields["commit_offset_in_finalize"], fields["timestamp_policy"]) == (True, "CreateTime")
     assert fields["dynamic_read_poll_interval_seconds"] == 5
+    write = write_to("kafka:h:1/t?acks.x=all", expansion_service="localhost:8097")._java()
+    fields = payload_of(write)
+    assert (fields["topic"], fields["producer_config"]) == ("t", {"bootstrap.servers": "h:1", "acks.x": "all"})
 
 
 def payload_of(transform):

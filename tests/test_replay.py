@@ -110,6 +110,14 @@ def test_windows_of_a_replay_count_what_happened_in_them(table):
         assert_that(stamped, equal_to(expected))
 
 
+def test_a_runner_without_splittable_dofns_is_named(table):
+    _, path = table
+    pipeline = beam.Pipeline(runner="BundleBasedDirectRunner")
+    _ = pipeline | ReplayTable(path, rate=None)
+    with pytest.raises(ValueError, match="expected a runner that has splittable DoFns, such as FnApiRunner, got one"):
+        pipeline.run().wait_until_finish()
+
+
 # ---- order, splits and formats -----------------------------------------------------------------
 
 
