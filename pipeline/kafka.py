@@ -17,8 +17,8 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.restriction_trackers import OffsetRange
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.window import TimestampedValue
-from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
+from apache_beam.transforms.window import GlobalWindow, TimestampedValue
+from apache_beam.utils.timestamp import Duration, Timestamp
 
 from pipeline.letters import NAMESPACE
 from pipeline.offsets import FOREVER, RESTRICTION, WATERMARK, Offsets, advance
@@ -39,6 +39,7 @@ _IDLE_SECS = 0.2  # until an idle partition is asked again
 _CHECK_SECS = 1.0  # between questions for the end of an idle partition
 _PARK_SECS = 60.0
 _TELL_SECS = 60.0
+_END_OF_TIME = GlobalWindow().max_timestamp()
 _STARTS = ("earliest", "latest", "committed")
 
 
@@ -263,8 +264,8 @@ class _Partition:
         return found.offset if found.offset >= 0 else first  # one that is gone is told when it is read
 
     def commit(self, offset: int) -> None:
-        """Tells the group how far it is, without waiting."""
-        self._consumer.commit(offsets=[self._at(offset)], asynchronous=True)
+        """Tells the group how far it is."""
+        self._consumer.commit(offsets=[self._at(offset)], asynchronous=False)
 
     def close(self) -> None:
         """Leaves the brokers."""
@@ -563,7 +564,8 @@ class ReadKafka(beam.PTransform):
         bootstrap_servers: "HOST:PORT", several separated by commas.
         topics: A topic, or several.
         group_id: The consumer group that is told how far the job is, when the runner has made that durable. Its
-            partitions are not shared with other members. Nothing is told by a read that has an end.
+            partitions are not shared with other members. Nothing is told by a read that has an end. Without a group,
+            brokers see one that is named beam-vae, which their access rules may have to allow.
         start: Where to begin: "earliest"; "latest"; "committed", where the group is, or else "earliest"; or a time,
             for the first record of each partition that is not older. A `datetime` without a zone is UTC.
         until: "now" for a bounded read, up to the end that each partition has when the job starts; None for ever.
@@ -753,8 +755,8 @@ class _Write(beam.DoFn):
         for part, name in ((key, "key"), (value, "value")):
             if not (part is None or isinstance(part, bytes)):
                 raise TypeError(f"{self._topic}: expected a {name} of bytes or None, got {type(part).__name__}")
-        # Elements of a bounded source without times are at the beginning of time: the producer's clock then.
-        millis = timestamp.micros // 1000 if 0 <= timestamp.micros < MAX_TIMESTAMP.micros else 0
+        # Elements without times are at the beginning or the end of the global window: the producer's clock then.
+        millis = timestamp.micros // 1000 if Timestamp(0) <= timestamp < _END_OF_TIME else 0
         self._num_sent += 1
         self._produce(value, key, millis)
         if self._errors:

@@ -419,9 +419,12 @@ def test_elements_without_a_time_get_the_time_of_writing(brokers):
     before = time.time()
     # A runner that sets steps up anew for each Beam bundle.
     with beam.Pipeline(runner="BundleBasedDirectRunner") as pipeline:
-        _ = pipeline | beam.Create([(None, b"x")]) | WriteKafka(brokers.servers, "untimed")
-    [record] = brokers.receive("untimed", 1)
-    assert before - 1 <= record.timestamp()[1] / 1000 <= time.time() + 1
+        first = pipeline | beam.Create([(None, b"x")])
+        last = first | beam.combiners.Count.Globally() | beam.Map(lambda count: (None, b"%d" % count))
+        _ = (first, last) | beam.Flatten() | WriteKafka(brokers.servers, "untimed")
+    records = brokers.receive("untimed", 2)
+    assert {record.value() for record in records} == {b"x", b"1"}
+    assert all(before - 1 <= record.timestamp()[1] / 1000 <= time.time() + 1 for record in records)
 
 
 def write(servers, records, **arguments):
