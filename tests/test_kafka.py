@@ -17,6 +17,7 @@ from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRestrictionTracker
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.timestamp import Timestamp
+from waiting import until
 
 from pipeline import ScoreRecords
 from pipeline import kafka as module
@@ -376,10 +377,7 @@ def test_an_endless_job_copies_as_records_come_and_nothing_is_lost_when_it_is_ki
         brokers.send("live", numbered(100, NUM_PARTITIONS, start=500))
         copied = brokers.receive("copied", 600)
         # The group is told when a Beam bundle is done.
-        deadline = time.monotonic() + 30
-        while brokers.committed("live", "job") != [150] * NUM_PARTITIONS and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert brokers.committed("live", "job") == [150] * NUM_PARTITIONS
+        until(lambda: brokers.committed("live", "job") == [150] * NUM_PARTITIONS)
         brokers.send("live", numbered(20_000, NUM_PARTITIONS, start=600))
         brokers.receive("copied", 700)
         assert job.poll() is None
