@@ -6,6 +6,8 @@ Importing this package loads neither Beam nor TensorFlow.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.detector import VAEDetector
+    from pipeline.handler import VAEModelHandler
     from pipeline.kafka import ReadKafka, WriteKafka
     from pipeline.replay import ReplayTable
     from pipeline.score_records import ScoreRecords
@@ -19,6 +21,8 @@ _HOME = {
     "ReplayTable": "replay",
     "ScoreRecords": "score_records",
     "ScoreTables": "transforms",
+    "VAEDetector": "detector",
+    "VAEModelHandler": "handler",
     "VAEScoreDoFn": "transforms",
     "WriteDeadLetters": "sinks",
     "WriteKafka": "kafka",
@@ -31,6 +35,8 @@ __all__ = [
     "ReplayTable",
     "ScoreRecords",
     "ScoreTables",
+    "VAEDetector",
+    "VAEModelHandler",
     "VAEScoreDoFn",
     "WriteDeadLetters",
     "WriteKafka",

@@ -410,6 +410,31 @@ def form_of(kind: type, avro: AvroReader | None) -> Form | None:
     return None
 
 
+def read_elements(form: Form, elements: Sequence[Any], wanted: Sequence[Reading]) -> tuple[list[Any], Columns]:
+    """The elements' dicts or texts, and their features; an element that has none has an empty one, and a fault."""
+    records, faults = _records(form, elements)
+    columns = (read_json if form.to_text else read_records)(records, wanted)
+    return records, Columns(columns.arrays, {**columns.faults, **faults})
+
+
+def _records(form: Form, elements: Sequence[Any]) -> tuple[list[Any], dict[int, Fault]]:
+    read = form.to_text or form.to_record
+    assert read is not None
+    try:
+        return list(map(read, elements)), {}
+    except ValueError:
+        pass
+    records: list[Any] = []
+    faults: dict[int, Fault] = {}
+    for row, element in enumerate(elements):
+        try:
+            records.append(read(element))
+        except ValueError as error:
+            records.append({})
+            faults[row] = Fault(None, "malformed_record", str(error))
+    return records, faults
+
+
 class AvroReader:
     """Binary Avro records of one schema, each with or without the single-object header."""
 

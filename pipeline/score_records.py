@@ -49,8 +49,7 @@ from pipeline.rows import (
     Writer,
     form_of,
     payload,
-    read_json,
-    read_records,
+    read_elements,
     readings,
     shown,
 )
@@ -267,10 +266,8 @@ class _RecordScorer:
         if form is None:
             error = "expected a record (dict, row, JSON or message), got "
             return [Fault(None, "not_a_record", error + shown(element)) for element in elements]
-        records, faults = _records(form, elements)
-        columns = (read_json if form.to_text else read_records)(records, self._readings)
-        faults = {**columns.faults, **faults}
-        return self._scored(form, elements, records, Columns(columns.arrays, faults))
+        records, columns = read_elements(form, elements, self._readings)
+        return self._scored(form, elements, records, columns)
 
     def _scored(self, form: Form, elements: list[Any], records: list[Any], columns: Columns) -> list[Any]:
         bundle, prefix = self._bundle, self._options["prefix"]
@@ -320,25 +317,6 @@ class _RecordScorer:
         for together in places.values():
             own = letters if len(places) == 1 else letters.take(pa.array(together))
             yield beam.pvalue.TaggedOutput("dead_letters", batch[rows[together[0]]].with_value(own))
-
-
-def _records(form: Form, elements: list[Any]) -> tuple[list[Any], dict[int, Fault]]:
-    """The elements' dicts or texts; an element that has none has an empty one, and a fault."""
-    read = form.to_text or form.to_record
-    assert read is not None
-    try:
-        return list(map(read, elements)), {}
-    except ValueError:
-        pass
-    records: list[Any] = []
-    faults: dict[int, Fault] = {}
-    for row, element in enumerate(elements):
-        try:
-            records.append(read(element))
-        except ValueError as error:
-            records.append({})
-            faults[row] = Fault(None, "malformed_record", str(error))
-    return records, faults
 
 
 _FIRST_YEAR, _LAST_YEAR = -62_135_596_800_000_000, 253_402_300_799_999_999  # 1 and 9999, in microseconds
