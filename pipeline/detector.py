@@ -15,7 +15,7 @@ from pipeline.handler import Scored, VAEModelHandler
 from pipeline.rows import Fault
 
 
-@specifiable
+@specifiable(on_demand_init=False, just_in_time_init=False)  # a wrong argument is refused where it stands
 class VAEDetector(OfflineDetector):
     """A detector for `AnomalyDetection`, alone or in an ensemble, in Python or by its spec, as in Beam YAML.
 

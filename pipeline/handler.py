@@ -110,7 +110,8 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
         if self._wanted is None:
             model = self._source.open()
         else:
-            model = _UpdatedModel(self._source, self._wanted, self._columns, self._served and self._served.bundle)
+            before = None if self._served is None else self._served.bundle
+            model = _UpdatedModel(self._source, self._wanted, self._columns, before)
         self._served = ServedModel(model, self._avro)
         return self._served
 
@@ -129,7 +130,9 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
             columns = pa.Table.from_pylist([fault._asdict() for fault in scored.faults])
             self._letters.count(columns.append_column("num_records", pa.array([1] * len(columns), pa.int64())))
         self._num_anomalies.inc(scored.num_anomalies)
-        return [self._result(element, outcome, scored) for element, outcome in zip(elements, scored.outcomes)]
+        return [
+            self._result(element, outcome, scored) for element, outcome in zip(elements, scored.outcomes, strict=True)
+        ]
 
     def _result(self, element: Any, outcome: Any, scored: Scored) -> Any:
         inference = outcome._asdict() if type(outcome) is Fault else outcome
@@ -267,7 +270,9 @@ class _Batch:
         scores = self._scores(read, faults)
         why = [faults.get(row, (None, None, None)) for row in range(table.num_rows)] if faults else []
         for place, field in enumerate(_FAULT_FIELDS):
-            texts = pa.array([fault[place] for fault in why], pa.string()) if why else pa.nulls(len(scores), pa.string())
+            texts = (
+                pa.array([fault[place] for fault in why], pa.string()) if why else pa.nulls(len(scores), pa.string())
+            )
             scores = scores.append_column(field, texts)
         return scores
 
