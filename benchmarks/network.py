@@ -1,17 +1,14 @@
-"""Our trained network in the forms that Beam's own handlers take."""
+"""Our trained network in the form that Beam's own handlers take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import pyarrow as pa
-from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from keras import ops
 
-from vae_model.bundle import Bundle, load_bundle
+from vae_model.bundle import Bundle
 from vae_model.layers import ColumnNLL
 from vae_model.losses import kl_to_standard_normal
 
@@ -79,24 +76,3 @@ def save_network(bundle: Bundle, path: Path) -> None:
 
 def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
     return type(layer).from_config(layer.get_config())
-
-
-class BundleHandler(ModelHandler[pa.Table, PredictionResult, Bundle]):
-    """Scores whole tables: what RunInference can do at its best."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(min_batch_size=1, max_batch_size=1)
-        self._uri = uri
-
-    def load_model(self) -> Bundle:
-        bundle = load_bundle(self._uri)
-        bundle.verify()
-        return bundle
-
-    def run_inference(
-        self, batch: Sequence[pa.Table], model: Bundle, inference_args: dict[str, Any] | None = None
-    ) -> Iterable[PredictionResult]:
-        return [PredictionResult(table, model.score(table)) for table in batch]
-
-    def get_num_bytes(self, batch: Sequence[pa.Table]) -> int:
-        return sum(table.nbytes for table in batch)
