@@ -127,8 +127,8 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
                 f"{len(scored.faults):,} records of a batch cannot be scored; the first: {scored.faults[0].error}"
             )
         if scored.faults:
-            columns = pa.Table.from_pylist([fault._asdict() for fault in scored.faults])
-            self._letters.count(columns.append_column("num_records", pa.array([1] * len(columns), pa.int64())))
+            lines = [{**fault._asdict(), "num_records": 1} for fault in scored.faults]
+            self._letters.count(pa.Table.from_pylist(lines, pa.schema([*_FAULT_FIELDS, ("num_records", pa.int64())])))
         self._num_anomalies.inc(scored.num_anomalies)
         return [
             self._result(element, outcome, scored) for element, outcome in zip(elements, scored.outcomes, strict=True)

@@ -190,6 +190,8 @@ def test_avro_is_read_with_its_schema(first, first_uri, table, records):
     results = handler.run_inference([*messages, b"\xff"], handler.load_model())
     close(scores(results[:3]), expected(first, table)[:3])
     assert results[3].inference["error_type"] == "malformed_record"
+    (alone,) = handler.run_inference([b"\xff"], handler.load_model())
+    assert alone.inference == results[3].inference
 
 
 # ---- records that cannot be scored -----------------------------------------------------------------
