@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apache_beam.ml.anomaly.base import AnomalyPrediction, ThresholdFn
@@ -65,12 +65,19 @@ class VAEDetector(OfflineDetector):
         if features is not None:
             handler.limit_columns(features)
         super().__init__(
-            KeyedModelHandler(handler),
+            _Keyed(handler),
             run_inference_args=dict(run_inference_args or {}),  # Beam adds to it
             model_id=model_id or handler.model_version,
             target=target,
             threshold_criterion=threshold_criterion,
         )
+
+
+class _Keyed(KeyedModelHandler):
+    """For keys that hold the whole row, as AnomalyDetection's do: Beam would pickle them to know their size."""
+
+    def get_num_bytes(self, batch: Sequence[tuple[Any, Any]]) -> int:
+        return int(self._unkeyed.get_num_bytes([row for _, row in batch]))
 
 
 class _Predictions(VAEModelHandler):

@@ -286,6 +286,11 @@ def test_arguments_are_checked_at_construction(first, first_uri, tmp_path):
     assert absent._model_id == first.model_version
 
 
+def test_bytes_are_counted_without_pickling_keys_that_hold_the_row(first_uri, rows):
+    handler = VAEDetector(first_uri)._keyed_model_handler
+    assert handler.get_num_bytes([(lambda: None, row) for row in rows]) == sum(row.__sizeof__() for row in rows)
+
+
 def test_what_beam_is_given(first, second, first_uri, second_uri, tmp_path):
     pointer = str(tmp_path / "current.json")
     promote(second_uri, pointer)
