@@ -11,11 +11,13 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pytest
-from apache_beam.ml.anomaly.aggregations import AllVote, AnyVote, AverageScore, MajorityVote, MaxScore
+from apache_beam.ml.anomaly.aggregations import AnyVote, AverageScore, MajorityVote, MaxScore
 from apache_beam.ml.anomaly.base import AnomalyResult, EnsembleAnomalyDetector
 from apache_beam.ml.anomaly.specifiable import Spec, Specifiable
 from apache_beam.ml.anomaly.thresholds import FixedThreshold, QuantileThreshold
 from apache_beam.ml.anomaly.transforms import AnomalyDetection
+from apache_beam.ml.inference.base import ModelMetadata
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
 from pipeline.detector import VAEDetector
 from vae_model.bundle import BundleError
@@ -138,6 +140,25 @@ def test_a_quantile_threshold_follows_the_scores(first_uri, rows):
         assert prediction.label == int(prediction.score >= prediction.threshold)
 
 
+def test_after_a_swap_the_new_models_threshold_holds(first, second, first_uri, second_uri, rows):
+    def timed(elements):
+        return (
+            beam.Create(elements, reshuffle=False)
+            | beam.MapTuple(lambda secs, element: TimestampedValue(element, secs))
+            | beam.WindowInto(FixedWindows(10))
+        )
+
+    def branches(p):
+        updates = [(5, ModelMetadata(first_uri, "one")), (15, ModelMetadata(second_uri, "two"))]
+        args = {"model_metadata_pcoll": p | "updates" >> timed(updates)}
+        source = p | "rows" >> timed([(1, rows[0]), (12, rows[1])])
+        return {"all": source | AnomalyDetection(VAEDetector(first_uri, run_inference_args=args))}
+
+    thresholds = [prediction.threshold for prediction in by_row(run(branches)["all"])]
+    assert thresholds == [float(np.float32(bundle.threshold.value)) for bundle in (first, second)]
+    assert len(set(thresholds)) == 2
+
+
 # ---- ensembles ---------------------------------------------------------------------------------------
 
 
@@ -145,10 +166,8 @@ def test_ensembles_hold_each_detectors_prediction_or_their_vote(first, second, f
     strict = float(np.sort(first.score(table.slice(0, 29))["anomaly_score"].to_numpy())[10])
     strategies = {
         "any": AnyVote(),
-        "all": AllVote(),
         "majority": MajorityVote(include_source_predictions=True),
         "mean": AverageScore(),
-        "max": MaxScore(),
     }
 
     def detectors():
@@ -192,13 +211,13 @@ def test_ensembles_hold_each_detectors_prediction_or_their_vote(first, second, f
                 close([prediction.score for prediction in row], scores[result.example.n])
                 assert [prediction.label for prediction in row] == labels[result.example.n].tolist()
                 assert [bool(prediction.info) for prediction in row] == [False, True, False]
-    votes = {"any": labels.max(axis=1), "all": labels.min(axis=1), "majority": labels.sum(axis=1) >= 2}
+    votes = {"any": labels.max(axis=1), "majority": labels.sum(axis=1) >= 2}
     for name, vote in votes.items():
         *good, bad = by_row(outputs[name])
         assert [prediction.label for prediction in good] == vote.astype(int).tolist(), name
         assert bad.label is None
     assert all(len(prediction.source_predictions) == 3 for prediction in by_row(outputs["majority"]))
-    for name, expected in {"mean": scores.mean(axis=1), "max": scores.max(axis=1)}.items():
+    for name, expected in {"mean": scores.mean(axis=1), "limited": scores.max(axis=1)}.items():
         *good, bad = by_row(outputs[name])
         close([prediction.score for prediction in good], expected)
         assert bad.score is None

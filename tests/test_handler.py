@@ -5,6 +5,7 @@ copies, garbage collection after timeouts, remote handlers) are not.
 """
 
 import collections
+import dataclasses
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import uuid
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.ml.inference.base import (
@@ -206,13 +208,14 @@ BAD = [
 ]
 
 
-def test_a_record_that_cannot_be_scored_costs_only_itself(first, first_uri, table, records, caplog):
+@pytest.mark.parametrize("large_model", [False, True])  # True: what goes to the model and back is pickled
+def test_a_record_that_cannot_be_scored_costs_only_itself(first, first_uri, table, records, caplog, large_model):
     elements = [*records[:5], *(element for element, _ in BAD), *records[5:]]
 
     def branches(p):
         return {"all": p | beam.Create(elements, reshuffle=False) | RunInference(handler)}
 
-    handler = VAEModelHandler(first_uri, min_batch_size=100)
+    handler = VAEModelHandler(first_uri, min_batch_size=100, large_model=large_model)
     outcome = run(branches)
     results = outcome.outputs["all"]
     failed = [result for result in results if "error" in result.inference]
@@ -511,25 +514,30 @@ def updated(handler, path, records):
 def test_an_update_is_taken_when_it_is_sound_and_refused_when_not(
     first, second, renamed, first_uri, second_uri, tmp_path, records, caplog
 ):
-    corrupt, other, empty = (str(tmp_path / name) for name in ("corrupt", "other", "empty"))
+    corrupt, other, empty, strange = (str(tmp_path / name) for name in ("corrupt", "other", "empty", "strange"))
     second.save(corrupt)
     with open(f"{corrupt}/weights.npz", "ab") as stream:
         stream.write(b"x")
     renamed.save(other)
+    place = second.golden.column_names.index("anomaly_score")
+    moved = pc.add(second.golden["anomaly_score"], pa.scalar(1, pa.float32()))
+    dataclasses.replace(second, golden=second.golden.set_column(place, "anomaly_score", moved)).save(strange)
     handler = VAEModelHandler(first_uri)
     one, two = {first.model_version}, {second.model_version}
     with caplog.at_level(logging.WARNING):
         assert updated(handler, corrupt, records) == one
+        assert updated(handler, strange, records) == one
         assert updated(handler, f"{second_uri}/manifest.json", records) == two  # as a watched pattern names it
         assert updated(handler, "", records) == two
         assert updated(handler, other, records) == two
         assert updated(handler, empty, records) == two
         assert updated(handler, first_uri, records) == one
     told = [line for line in caplog.messages if "refused" in line]
-    assert len(told) == 3
+    assert len(told) == 4
     assert "weights.npz was changed after it was written" in told[0]
-    assert "stretch: is read by it, but not by the model before" in told[1]
-    assert "no bundle there" in told[2]
+    assert "as at training time" in told[1]
+    assert "stretch: is read by it, but not by the model before" in told[2]
+    assert "no bundle there" in told[3]
 
 
 def test_a_refused_update_is_tried_again(first, second, first_uri, tmp_path, records, monkeypatch, caplog):
@@ -598,24 +606,22 @@ def test_models_are_swapped_by_beams_side_input(first, second, first_uri, second
 
 
 def test_models_by_key_are_swapped_by_beams_side_input(first, second, first_uri, second_uri, records):
-    def mapping(*paths):
-        return [KeyModelPathMapping([key], path, "v") for key, path in paths]
+    def together(path):
+        return [KeyModelPathMapping(["a", "b"], path, "v")]
 
-    together = [KeyModelPathMapping(["a", "b"], first_uri, "v")]
-    split = mapping(("a", second_uri), ("b", first_uri))
-    broken = mapping(("a", second_uri), ("b", "/nowhere"))
+    apart = [KeyModelPathMapping(["a"], first_uri, "v"), KeyModelPathMapping(["b"], "/nowhere", "v")]
     pairs = [(1, ("a", records[0])), (2, ("b", records[0])), (11, ("a", records[1])), (12, ("b", records[1]))]
     pairs += [(21, ("a", records[2])), (22, ("b", records[2]))]
 
     def branches(p):
         handler = KeyedModelHandler([KeyModelMapping(["a", "b"], VAEModelHandler(first_uri))])
-        side = p | "updates" >> timed([(5, together), (15, split), (25, broken)])
+        side = p | "updates" >> timed([(5, together(first_uri)), (15, together(second_uri)), (25, apart)])
         return {"all": p | "pairs" >> timed(pairs) | RunInference(handler, model_metadata_pcoll=side)}
 
     results = run(branches).outputs["all"]
     one, two = first.model_version, second.model_version
     found = {(key, records.index(result.example)): result.model_id for key, result in results}
-    wanted = {"a": [one, two, two], "b": [one, one, one]}
+    wanted = {"a": [one, two, one], "b": [one, two, two]}
     assert found == {(key, i): version for key, own in wanted.items() for i, version in enumerate(own)}
 
 
