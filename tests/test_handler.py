@@ -29,6 +29,7 @@ from apache_beam.ml.inference.base import (
     RunInference,
 )
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
+from apache_beam.utils import multi_process_shared
 
 import pipeline.handler
 from pipeline.handler import VAEModelHandler
@@ -80,6 +81,13 @@ def run(branches) -> Outcome:
         found.append(by_name)
     counters = {key: sum(values) for key, values in found[0].items()}
     return Outcome({name: KEPT.pop(key) for name, key in keys.items()}, counters, found[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release():
+    """Models that Beam shares among processes stay until this one ends, and then the sketches' library complains."""
+    yield
+    multi_process_shared._process_level_singleton_manager.entries.clear()
 
 
 @pytest.fixture(scope="module")
