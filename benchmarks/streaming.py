@@ -62,6 +62,28 @@ def run_inference_on_json(elements: Any, folder: Path) -> Any:
     )
 
 
+def our_handler_on_dicts(elements: Any, folder: Path) -> Any:
+    """RunInference with our handler, scores put onto the records."""
+    import apache_beam as beam
+    from apache_beam.ml.inference.base import RunInference
+
+    from pipeline import VAEModelHandler
+
+    results = elements | RunInference(VAEModelHandler(str(folder / "plain")))
+    return results | "PutBack" >> beam.Map(lambda result: {**result.example, **result.inference})
+
+
+def our_detector_on_dicts(elements: Any, folder: Path) -> Any:
+    """AnomalyDetection with our detector, dicts as rows."""
+    import apache_beam as beam
+    from apache_beam.ml.anomaly.transforms import AnomalyDetection
+
+    from pipeline import VAEDetector
+
+    rows = elements | "ToRow" >> beam.Map(lambda record: beam.Row(**record))
+    return rows | AnomalyDetection(VAEDetector(str(folder / "plain")))
+
+
 def _to_array(record: dict[str, float], mean: np.ndarray, stddev: np.ndarray) -> np.ndarray:
     return ((np.array(list(record.values())[1:]) - mean) / stddev).astype(np.float32)
 
@@ -102,6 +124,8 @@ def _run_inference(folder: Path) -> Any:
 CONTENDERS: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "ScoreRecords, dicts": (score_records, "dict"),
     "RunInference, dicts": (run_inference_on_dicts, "dict"),
+    "RunInference with our handler, dicts": (our_handler_on_dicts, "dict"),
+    "AnomalyDetection with our detector, dicts": (our_detector_on_dicts, "dict"),
     "ScoreRecords, JSON to JSON": (score_records, "json"),
     "RunInference, JSON to JSON": (run_inference_on_json, "json"),
 }
