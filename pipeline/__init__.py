@@ -6,21 +6,30 @@ Importing this package loads neither Beam nor TensorFlow.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.alerts import AlertOnAnomalies, AlertOnDeadLetters, ControlFalseDiscoveries, SelectDiscoveries
     from pipeline.detector import VAEDetector
+    from pipeline.drift import MeasureDrift
     from pipeline.handler import VAEModelHandler
     from pipeline.kafka import ReadKafka, WriteKafka
     from pipeline.replay import ReplayTable
     from pipeline.score_records import ScoreRecords
     from pipeline.sinks import WriteDeadLetters, WriteTables
     from pipeline.sources import ReadTables
+    from pipeline.summaries import SummarizeScores
     from pipeline.transforms import ScoreTables, VAEScoreDoFn
 
 _HOME = {
+    "AlertOnAnomalies": "alerts",
+    "AlertOnDeadLetters": "alerts",
+    "ControlFalseDiscoveries": "alerts",
+    "MeasureDrift": "drift",
     "ReadKafka": "kafka",
     "ReadTables": "sources",
     "ReplayTable": "replay",
     "ScoreRecords": "score_records",
     "ScoreTables": "transforms",
+    "SelectDiscoveries": "alerts",
+    "SummarizeScores": "summaries",
     "VAEDetector": "detector",
     "VAEModelHandler": "handler",
     "VAEScoreDoFn": "transforms",
@@ -30,11 +39,17 @@ _HOME = {
 }
 
 __all__ = [
+    "AlertOnAnomalies",
+    "AlertOnDeadLetters",
+    "ControlFalseDiscoveries",
+    "MeasureDrift",
     "ReadKafka",
     "ReadTables",
     "ReplayTable",
     "ScoreRecords",
     "ScoreTables",
+    "SelectDiscoveries",
+    "SummarizeScores",
     "VAEDetector",
     "VAEModelHandler",
     "VAEScoreDoFn",
