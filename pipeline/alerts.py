@@ -113,34 +113,39 @@ class AlertOnAnomalies(beam.PTransform):
     The cool-down runs in event time, from the first anomaly on. Anomalies within it, before or after the first one,
     are folded into one alert of kind "follow_up", which leaves when the watermark passes its end: their number, the
     greatest score, the first and last event time, and the strangest record. Then the next anomaly is a "first" one
-    again. So a key has at most two alerts per cool-down, also while late data comes.
+    again. So a key has at most two alerts per cool-down of event time, in whatever order its anomalies come.
 
-    Alerts are in the global window: a cool-down ends at no window's edge. State is kept for a key's open
-    cool-downs only, and for one more after the last.
+    Alerts are in the global window: a cool-down ends at no window's edge. A key's state is a few numbers and the
+    strangest record of each open cool-down; it is dropped when the watermark passes the last one by
+    `allowed_lateness_secs`. Anomalies that are later than that are alerts of their own in each Beam bundle.
 
     Args:
         cool_down_secs: Of a key, in event time.
         key: Column whose text is the key; without it, the key of keyed elements `(key, record)`, or none: all
             records share one cool-down then.
         prefix: Of the score columns' names.
+        allowed_lateness_secs: How far behind the watermark anomalies may come and still be folded.
     """
 
     cool_down_secs: float
     key: str | None = None
     prefix: str = ""
+    allowed_lateness_secs: float = 3600.0
 
     def __post_init__(self) -> None:
         super().__init__()
         if not self.cool_down_secs > 0:
             raise ValueError(f"cool_down_secs: expected seconds > 0, got {self.cool_down_secs!r}")
+        if not self.allowed_lateness_secs >= 0:
+            raise ValueError(f"allowed_lateness_secs: expected seconds >= 0, got {self.allowed_lateness_secs!r}")
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[dict[str, Any]]:
         reader = ScoreReader(("is_anomaly", *_CASE_COLUMNS), self.prefix, self.key)
-        alert = _Alert(round(1e6 * self.cool_down_secs), self.prefix)
+        alert = _Alert(round(1e6 * self.cool_down_secs), round(1e6 * self.allowed_lateness_secs), self.prefix)
         return (
             scored
             | "Global" >> beam.WindowInto(GlobalWindows())
-            | "FindAnomalies" >> beam.ParDo(FoldInBundle(_AnomalyFold(reader))).with_output_types(tuple[Any, list])
+            | "FindAnomalies" >> beam.ParDo(FoldInBundle(_AnomalyFold(reader))).with_output_types(tuple[str, list])
             | "Alert" >> beam.ParDo(alert).with_output_types(dict[str, Any])
         )
 
@@ -198,20 +203,20 @@ class _Burst(NamedTuple):
 class _Alert(beam.DoFn):
     """Keeps the open cool-downs of each key.
 
-    Event times may lie anywhere around the watermark: ahead of it, so that several cool-downs are open at once, or
-    far behind it. A cool-down that begins late is counted from the latest timer that is known to have fired, which
-    the watermark has passed: otherwise each late anomaly would be an alert of its own.
+    Event times may lie ahead of the watermark, so that several cool-downs are open at once, or far behind it. A
+    cool-down that begins late ends as late as if it had begun with the latest timer that is known to have fired:
+    otherwise its own would fire at once, and each late Beam bundle would bring another alert.
     """
 
     STATE = ReadModifyWriteStateSpec("state", FastPrimitivesCoder())  # latest timer that fired, open bursts
     DUE = TimerSpec("due", TimeDomain.WATERMARK)
 
-    def __init__(self, cool_down: int, prefix: str) -> None:
-        self._cool_down, self._prefix = cool_down, prefix
+    def __init__(self, cool_down: int, allowed_lateness: int, prefix: str) -> None:
+        self._cool_down, self._allowed_lateness, self._prefix = cool_down, allowed_lateness, prefix
 
     def process(
         self,
-        element: tuple[str | None, list[tuple[Any, ...]]],
+        element: tuple[str, list[tuple[Any, ...]]],
         state: Any = beam.DoFn.StateParam(STATE),  # noqa: B008
         due: Any = beam.DoFn.TimerParam(DUE),  # noqa: B008
     ) -> Iterator[Any]:
@@ -241,22 +246,22 @@ class _Alert(beam.DoFn):
     ) -> Iterator[dict[str, Any]]:
         now = timestamp.micros
         _, bursts = _read(state)
-        if not bursts:  # nothing since the last cool-down ended
+        if not bursts:  # nothing since the last cool-down
             state.clear()
             return
         left = [burst for burst in bursts if burst.end > now]
         state.write((now, [tuple(burst) for burst in left]))
-        due.set(Timestamp(micros=min([burst.end for burst in left], default=min(now + self._cool_down, _LAST))))
+        due.set(
+            Timestamp(micros=min([burst.end for burst in left], default=min(now + self._allowed_lateness + 1, _LAST)))
+        )
         for burst in sorted(burst for burst in bursts if burst.end <= now and burst.num_folded):
             assert burst.strangest is not None
             case = _Case(*burst.strangest)
             yield self._alert(key, "follow_up", burst.num_folded, burst.least, burst.greatest, case)
 
-    def _alert(
-        self, key: str | None, kind: str, num_anomalies: int, first: int, last: int, case: _Case
-    ) -> dict[str, Any]:
+    def _alert(self, key: str, kind: str, num_anomalies: int, first: int, last: int, case: _Case) -> dict[str, Any]:
         return {
-            "key": key,
+            "key": json.loads(key),
             "kind": kind,
             "num_anomalies": num_anomalies,
             "max_score": case.score,
@@ -339,7 +344,7 @@ class _Select(beam.DoFn):
         self._q, self._min_p_value = q, min_p_value
 
     def process(
-        self, element: tuple[str | None, tuple[int, list[Any]]], window: Any = beam.DoFn.WindowParam
+        self, element: tuple[str, tuple[int, list[Any]]], window: Any = beam.DoFn.WindowParam
     ) -> Iterator[dict[str, Any]]:
         key, (num_tests, candidates) = element
         cases = sorted((_Case(*case) for case in candidates), key=lambda case: (case.p_value, case))
@@ -349,7 +354,7 @@ class _Select(beam.DoFn):
         for case, value in zip(cases[:num_discoveries], adjusted.tolist(), strict=False):
             yield {
                 **bounds(window),
-                "key": key,
+                "key": json.loads(key),
                 "num_tests": num_tests,
                 "num_discoveries": num_discoveries,
                 **_described(case),
@@ -397,7 +402,7 @@ class ControlFalseDiscoveries(beam.PTransform):
         return (
             scored
             | "Global" >> beam.WindowInto(GlobalWindows())
-            | "Fold" >> beam.ParDo(FoldInBundle(fold)).with_output_types(tuple[Any, list])
+            | "Fold" >> beam.ParDo(FoldInBundle(fold)).with_output_types(tuple[str, list])
             | "Test" >> beam.ParDo(_Test(procedure)).with_output_types(dict[str, Any])
         )
 
@@ -438,7 +443,7 @@ class _Test(beam.DoFn):
 
     def process(
         self,
-        element: tuple[str | None, list[Any]],
+        element: tuple[str, list[Any]],
         state: Any = beam.DoFn.StateParam(STATE),  # noqa: B008
     ) -> Iterator[Any]:
         key, batches = element
@@ -451,7 +456,7 @@ class _Test(beam.DoFn):
                 if found[place]:
                     num_discoveries += 1
                     numbers = {"num_tests": num_tests + place + 1, "num_discoveries": num_discoveries}
-                    discovery = {"key": key, **numbers, **_described(_Case(*case))}
+                    discovery = {"key": json.loads(key), **numbers, **_described(_Case(*case))}
                     yield TimestampedValue(discovery, Timestamp(micros=case[0]))
         state.write(procedure.state())
 
@@ -496,7 +501,7 @@ class AlertOnDeadLetters(beam.PTransform):
                     trigger=AfterWatermark(),
                     accumulation_mode=AccumulationMode.DISCARDING,
                 )
-                | f"Count{name}" >> beam.ParDo(fold).with_output_types(tuple[Any, tuple[int, int]])
+                | f"Count{name}" >> beam.ParDo(fold).with_output_types(tuple[str, tuple[int, int]])
             )
         return (
             counts
@@ -535,7 +540,7 @@ class _Judge(beam.DoFn):
         self._alerts = Metrics.counter(NAMESPACE, "dead_letter_alerts")
 
     def process(
-        self, element: tuple[None, tuple[int, int]], window: Any = beam.DoFn.WindowParam
+        self, element: tuple[str, tuple[int, int]], window: Any = beam.DoFn.WindowParam
     ) -> Iterator[dict[str, Any]]:
         _, (num_scored, num_dead_letters) = element
         if num_dead_letters <= self._max_fraction * (num_scored + num_dead_letters):

@@ -133,9 +133,7 @@ class _Measure(beam.DoFn):
     def __init__(self, source: _Source, threshold: float, false_alarm_rate: float) -> None:
         self._source, self._options = source, (threshold, false_alarm_rate)
 
-    def process(
-        self, element: tuple[None, np.ndarray], window: Any = beam.DoFn.WindowParam
-    ) -> Iterator[dict[str, Any]]:
+    def process(self, element: tuple[str, np.ndarray], window: Any = beam.DoFn.WindowParam) -> Iterator[dict[str, Any]]:
         _, counts = element
         for drift in self._source.load()[0].measure(counts, *self._options):
             yield {

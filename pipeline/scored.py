@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,8 @@ class Fold(ABC):
 class FoldInBundle(beam.DoFn):
     """Folds the elements of a Beam bundle; `(key, accumulator)` leave as it ends, one per window and key.
 
+    Keys leave as JSON text, which has a deterministic coder and tells none from the text "None".
+
     Args:
         fold: What to do.
     """
@@ -272,7 +275,7 @@ class FoldInBundle(beam.DoFn):
         partials, self._partials = self._partials, {}
         for (window, key), (accumulator, earliest) in partials.items():
             if not self._fold.is_empty(accumulator):
-                yield windowed_value((key, accumulator), earliest, (window,))
+                yield windowed_value((json.dumps(key), accumulator), earliest, (window,))
 
 
 class _Merge(beam.CombineFn):
@@ -299,14 +302,14 @@ class _Merge(beam.CombineFn):
 
 
 class FoldPerWindow(beam.PTransform):
-    """`(key, accumulator)` per window and key: folded in each Beam bundle first, so that little is shuffled."""
+    """`(key as JSON, accumulator)` per window and key: folded in each Beam bundle first, so that little is shuffled."""
 
     def __init__(self, fold: Fold) -> None:
         super().__init__()
         self._fold = fold
 
     def expand(self, elements: beam.PCollection[Any]) -> beam.PCollection[Any]:
-        kind = tuple[Any, self._fold.type]  # type: ignore[name-defined]
+        kind = tuple[str, self._fold.type]  # type: ignore[name-defined]
         return (
             elements
             | "FoldInBundle" >> beam.ParDo(FoldInBundle(self._fold)).with_output_types(kind)

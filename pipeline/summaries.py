@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class _Describe(beam.DoFn):
 
     def process(
         self,
-        element: tuple[str | None, ScoreSummary],
+        element: tuple[str, ScoreSummary],
         window: Any = beam.DoFn.WindowParam,
         pane: Any = beam.DoFn.PaneInfoParam,
     ) -> Iterator[dict[str, Any]]:
@@ -164,7 +165,7 @@ class _Describe(beam.DoFn):
         yield {
             **bounds(window),
             "pane": PaneInfoTiming.to_string(pane.timing),
-            "key": key,
+            "key": json.loads(key),
             "num_records": scores.num_rows,
             "num_anomalies": summary.num_anomalies,
             "anomaly_rate": summary.num_anomalies / scores.num_rows,
