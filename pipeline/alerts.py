@@ -165,7 +165,7 @@ class _AnomalyFold(Fold):
         return not accumulator
 
 
-_LAST = GlobalWindow().max_timestamp().micros
+_LAST = GlobalWindow().max_timestamp().micros // 1000 * 1000
 
 
 class _Burst(NamedTuple):
@@ -231,7 +231,9 @@ class _Alert(beam.DoFn):
                 bursts[place] = bursts[place].fold(case)
                 continue
             begin = time if passed is None else max(time, passed)
-            bursts.append(_Burst(time, min(begin + self._cool_down, _LAST)))
+            # Whole milliseconds, which is all that a timer keeps: one that fires before its end would be set for ever.
+            end = -(-(begin + self._cool_down) // 1000) * 1000
+            bursts.append(_Burst(time, min(end, _LAST)))
             yield TimestampedValue(self._alert(key, "first", 1, time, time, case), Timestamp(micros=time))
         state.write((passed, [tuple(burst) for burst in bursts]))
         due.set(Timestamp(micros=min(burst.end for burst in bursts)))

@@ -127,24 +127,25 @@ def test_a_flood_of_late_anomalies_has_two_alerts_per_cool_down_at_most():
 
 
 @pytest.mark.parametrize("as_tables", [False, True])
-def test_a_batch_job_has_the_same_alerts(as_tables):
+def test_a_batch_job_has_the_alerts_of_a_stream(as_tables):
     rng = np.random.default_rng(0)
-    times = np.sort(rng.uniform(0, 3600, 40))
-    rows = [
-        record(time, float(rng.normal(10)), is_anomaly=bool(rng.uniform() < 0.3), id=i) for i, time in enumerate(times)
-    ]
+    times = np.unique(rng.integers(1, 3600, 40)).tolist()
+    if as_tables:  # with fractions that timers cannot keep
+        times = [time + 0.123457 for time in times]
+    rows = [record(time, float(time % 97), is_anomaly=bool(rng.uniform() < 0.7)) for time in times]
     elements = rows
     if as_tables:
         elements = [TimestampedValue(pa.Table.from_pylist([row.value]), row.timestamp) for row in rows]
     batch = run(elements, AlertOnAnomalies(300)).values
-    steps = itertools.chain.from_iterable(([row], float(row.timestamp)) for row in rows)
     if not as_tables:
+        steps = itertools.chain.from_iterable(zip([[row] for row in rows], times, strict=True))
         assert sorted(brief(batch)) == sorted(brief(run(stream_of(*steps), AlertOnAnomalies(300)).values))
-    anomalies = np.array([float(row.timestamp) for row in rows if row.value["is_anomaly"]])
+    anomalies = np.array([time for time, row in zip(times, rows, strict=True) if row.value["is_anomaly"]])
     firsts = [anomalies[0]]
     while (anomalies >= firsts[-1] + 300).any():
         firsts.append(anomalies[anomalies >= firsts[-1] + 300][0])
-    assert sorted(item[4] for item in brief(batch) if item[1] == "first") == pytest.approx(firsts, abs=1e-6)
+    assert sorted(item[4] for item in brief(batch) if item[1] == "first") == pytest.approx(firsts, abs=1e-5)
+    assert sum(item[2] for item in brief(batch)) == len(anomalies)
 
 
 STEPS = st.lists(
@@ -153,7 +154,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(STEPS)
 def test_every_anomaly_is_in_one_alert_whatever_the_order(steps):
     count = itertools.count()
@@ -161,7 +162,7 @@ def test_every_anomaly_is_in_one_alert_whatever_the_order(steps):
     for step in steps:
         if isinstance(step, list):
             stream.append([record(time, next(count), key=key) for key, time in step])
-        elif step >= marks:
+        elif step > marks:
             marks = step
             stream.append(step)
     given_items = [item for step in stream if isinstance(step, list) for item in step]
@@ -209,7 +210,7 @@ def test_discoveries_are_scipys_by_window_and_key(floor):
     p = np.where(rng.uniform(size=n) < 0.1, rng.uniform(size=n) * 1e-3, rng.uniform(size=n)).astype(np.float32)
     times, keys = rng.integers(0, 120, n), rng.choice(["a", "b"], n)
     select = SelectDiscoveries(0.1, key="key", min_p_value=floor)
-    values = run(p_records(p, times, key=keys.tolist()), beam.WindowInto(FixedWindows(60)), select).values
+    values = run(p_records(p, times.tolist(), key=keys.tolist()), beam.WindowInto(FixedWindows(60)), select).values
     expected = {}
     for window, key in itertools.product((0, 1), "ab"):
         rows = np.flatnonzero((times // 60 == window) & (keys == key))

@@ -1,9 +1,15 @@
+import json
+
+import apache_beam as beam
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
+from kept import fits, run
 from scipy.stats import chi2, entropy, norm
 
+from pipeline.drift import DRIFT_SCHEMA, MeasureDrift
 from vae_model.drift import DriftReference, population_stability_index, sampling_psi
 from vae_model.schema import choose_kinds, infer_schema
 from vae_model.statistics import TableStatistics
@@ -185,3 +191,80 @@ def test_few_rows_are_called_too_few_until_the_shift_is_beyond_their_noise(refer
 def test_a_single_bin_is_refused(mixed_table):
     with pytest.raises(ValueError, match="num_bins: expected a number >= 2, got 1"):
         reference_of(mixed_table, num_bins=1)
+
+
+# ---- in a pipeline -------------------------------------------------------------------------------
+
+
+def in_windows(elements, **options):
+    window = beam.WindowInto(FixedWindows(60))
+    return run(elements, window, MeasureDrift(options.pop("bundle"), **options)).values
+
+
+def expected_of(bundle, table, **options):
+    reference = DriftReference(bundle.schema, bundle.statistics)
+    return [drift._asdict() for drift in reference.measure(reference.count(table), **options)]
+
+
+def of_window(values, start):
+    names = ("window_start", "window_end", "model_version", "num_rows", "num_rejected")
+    return [
+        {name: cell for name, cell in value.items() if name not in names}
+        for value in values
+        if value["window_start"] == f"1970-01-01T00:0{start}:00Z"
+    ]
+
+
+@pytest.mark.parametrize("form", ["tables", "records", "json", "keyed"])
+def test_a_pipeline_measures_what_numpy_does(form, first, first_uri, make_table):
+    now = make_table(900, 20).select(["length", "count", "color"])
+    later = changed(now, "length", pa.array(now["length"].to_numpy() + 5))
+    elements = []
+    for start, table in ((0, now), (60, later)):
+        if form == "tables":
+            parts = [table.slice(i, 250) for i in range(0, 900, 250)]
+        else:
+            parts = table.to_pylist()
+            if form == "json":
+                parts = [json.dumps(part).encode() for part in parts]
+            if form == "keyed":
+                parts = [(7, part) for part in parts]
+        elements += [TimestampedValue(part, start + i % 60) for i, part in enumerate(parts)]
+    values = in_windows(elements, bundle=first_uri)
+    assert of_window(values, 0) == expected_of(first, now)
+    assert of_window(values, 1) == expected_of(first, later)
+    assert [value["column"] for value in values if value["status"] == "drift"] == ["length"]
+    for value in values:
+        assert fits(value, DRIFT_SCHEMA)
+        assert (value["num_rows"], value["num_rejected"]) == (900, 0)
+        assert value["model_version"] == first.model_version
+
+
+def test_what_cannot_be_scored_is_counted_apart(first, first_uri, make_table):
+    table = make_table(60, 21).select(["length", "count", "color"])
+    bad = [{"length": "long", "count": 1, "color": "red"}, {"strange": 1}, b"no JSON", 7, table.drop_columns(["count"])]
+    elements = [TimestampedValue(element, 1) for element in [*table.to_pylist(), *bad]]
+    values = in_windows(elements, bundle=first_uri, threshold=0.5, false_alarm_rate=0.2)
+    assert of_window(values, 0) == expected_of(first, table, threshold=0.5, false_alarm_rate=0.2)
+    assert {(value["num_rows"], value["num_rejected"]) for value in values} == {(60, 4 + 60)}
+
+
+def test_scored_tables_are_measured_as_they_are(first, first_uri, make_table):
+    table = make_table(300, 22)
+    scored = first.score(table)
+    assert in_windows([TimestampedValue(scored, 1)], bundle=first_uri) == in_windows(
+        [TimestampedValue(table, 1)], bundle=first_uri
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0}, "threshold: expected a number > 0, got 0"),
+        ({"false_alarm_rate": 1}, r"false_alarm_rate: expected a number in \(0, 1\), got 1"),
+        ({"num_bins": 1}, "num_bins: expected a number >= 2, got 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MeasureDrift("bundle", **options)
