@@ -24,6 +24,7 @@ from pipeline.alerts import (
     SelectDiscoveries,
 )
 from pipeline.records import file_letter, line_letters
+from pipeline.score_records import ScoreRecords
 from vae_model.multiple_testing import Lord, Saffron
 
 REASON = {
@@ -326,3 +327,13 @@ def test_dead_letters_of_a_stream_are_told_when_their_window_closes():
     outcome = run(stream_of(*steps), _Split(), AlertOnDeadLetters(0.2))
     assert [(value["num_scored"], value["num_dead_letters"]) for value in outcome.values] == [(1, 1)]
     assert outcome.counters["dead_letter_alerts"] == 1
+
+
+def test_what_a_scoring_step_gives_is_taken_as_it_is(first_uri, make_table):
+    good = make_table(30, 30).select(["length", "count", "color"]).to_pylist()
+    bad = [{**record, "length": "long"} for record in good[:10]]
+    elements = [TimestampedValue(record, 1) for record in good + bad]
+    outcome = run(elements, ScoreRecords(first_uri), AlertOnDeadLetters(0.2, window_secs=10))
+    assert [(value["num_scored"], value["num_dead_letters"]) for value in outcome.values] == [(30, 10)]
+    assert outcome.counters["dead_letter_alerts"] == 1
+    assert outcome.counters["num_dead_letters"] == 10
