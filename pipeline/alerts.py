@@ -113,18 +113,22 @@ class AlertOnAnomalies(beam.PTransform):
     The cool-down runs in event time, from the first anomaly on. Anomalies within it, before or after the first one,
     are folded into one alert of kind "follow_up", which leaves when the watermark passes its end: their number, the
     greatest score, the first and last event time, and the strangest record. Then the next anomaly is a "first" one
-    again. So a key has at most two alerts per cool-down of event time, in whatever order its anomalies come.
+    again. Each anomaly is in exactly one alert.
+
+    An anomaly that comes when its cool-down is over begins a new one, which ends a whole cool-down after the last
+    that is over: a flood of late ones is at most two alerts per cool-down that the watermark is ahead of them.
 
     Alerts are in the global window: a cool-down ends at no window's edge. A key's state is a few numbers and the
     strangest record of each open cool-down; it is dropped when the watermark passes the last one by
-    `allowed_lateness_secs`. Anomalies that are later than that are alerts of their own in each Beam bundle.
+    `allowed_lateness_secs`.
 
     Args:
         cool_down_secs: Of a key, in event time.
         key: Column whose text is the key; without it, the key of keyed elements `(key, record)`, or none: all
             records share one cool-down then.
         prefix: Of the score columns' names.
-        allowed_lateness_secs: How far behind the watermark anomalies may come and still be folded.
+        allowed_lateness_secs: How long a key is remembered after its last cool-down. Later anomalies than that are
+            alerts of their own in each Beam bundle.
     """
 
     cool_down_secs: float
@@ -333,7 +337,7 @@ class _CandidateFold(Fold):
         return 0, []
 
     def add(self, accumulator: tuple[int, list[Any]], batch: Batch) -> tuple[int, list[Any]]:
-        p = np.maximum(batch.numbers("anomaly_p_value"), self._min_p_value)
+        p = np.maximum(batch.numbers("anomaly_p_value").astype(np.float64), self._min_p_value)
         candidates = batch.take(np.flatnonzero(p <= self._q))
         return self.merge(accumulator, (len(p), _cases(candidates, candidates.texts())))
 

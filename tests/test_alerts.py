@@ -125,6 +125,8 @@ def test_a_flood_of_late_anomalies_has_two_alerts_per_cool_down_at_most():
     values = run(stream_of(1000, *late), AlertOnAnomalies(300)).values
     assert sum(value["num_anomalies"] for value in values) == 25
     assert len(values) <= 2 * (1000 / 300 + 1)
+    forgetful = run(stream_of(1000, *late[:6]), AlertOnAnomalies(300, allowed_lateness_secs=0)).values
+    assert [value["kind"] for value in forgetful] == ["first"] * 6
 
 
 @pytest.mark.parametrize("as_tables", [False, True])
