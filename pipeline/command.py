@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     )
     stream.add_argument("--folder", default="demo", metavar="DIR", help="Where tables and bundles go (default demo/).")
     stream.add_argument(
-        "--flights", type=int, default=3000, metavar="N", help="How many flights of October (default 3000)."
+        "--flights", type=int, default=2000, metavar="N", help="How many flights of October (default 2000)."
     )
     stream.set_defaults(command=_run_demo_stream)
 

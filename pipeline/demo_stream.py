@@ -1,4 +1,4 @@
-"""The demo of streaming: October's flights through Pub/Sub, malformed and late ones among them, and a swap of models."""
+"""The demo of streaming: October's flights through Pub/Sub, some malformed, some late; a new model on the way."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vae_model.config import TrainingConfig, VAEConfig
 from vae_model.flights import write_flights
 
 PROJECT = "projects/demo-project"
-FLIGHTS_PER_SEC = 200.0
+FLIGHTS_PER_SEC = 100.0
 MALFORMED, LATE, TWICE = 0.03, 0.02, 0.01  # shares of the flights
 LATE_BY = datetime.timedelta(minutes=10)
 _SOON_SECS = 90.0  # for what a busy machine needs a few seconds
 _MAX_ALERTS = 20
-_TRAINING = TrainingConfig(time_column="time_hour", max_steps=400)
+_TRAINING = TrainingConfig(time_column="time_hour", max_steps=300)
 _BATCH = 50
 # What becomes of malformed ones: one kind after the other.
 _MALFORM: tuple[Callable[[str], str], ...] = (
@@ -100,7 +100,7 @@ class Account:
 
 
 def demo_stream(
-    folder: Path, num_flights: int = 3000, model: VAEConfig | None = None, training: TrainingConfig = _TRAINING
+    folder: Path, num_flights: int = 2000, model: VAEConfig | None = None, training: TrainingConfig = _TRAINING
 ) -> Account:
     """Runs the demo and prints what it does.
 
@@ -310,8 +310,8 @@ class _Listener:
 def _alert(row: dict[str, Any]) -> str:
     flight = escape(f"{row['carrier']} {row['flight']} {row['origin']}-{row['dest']}")
     reasons = "; ".join(map(reason_text, row["anomaly_reasons"]))
-    version = f"[dim]by {row['model_version']}[/dim]"
-    return f"[red]alert[/red] {flight}, score {row['anomaly_score']:.1f}, p {row['anomaly_p_value']:.0e}: {reasons} {version}"
+    score = f"score {row['anomaly_score']:.1f}, p {row['anomaly_p_value']:.0e}"
+    return f"[red]alert[/red] {flight}, {score}: {reasons} [dim]by {row['model_version']}[/dim]"
 
 
 def print_account(console: Console, account: Account) -> None:

@@ -158,9 +158,7 @@ def check(options: Any, streaming: bool = False) -> None:
 def _check_streaming(options: Any) -> None:
     source = stream_place(options.input)
     if source is None:
-        raise ValueError(
-            f"--input: expected a stream such as pubsub:..., got {options.input}; files need no --streaming"
-        )
+        raise ValueError(f"--input: expected a stream, such as pubsub:..., got {options.input}; leave --streaming out")
     for flag in _BATCH_ONLY:
         if getattr(options, flag):
             raise ValueError(f"--{flag}: is for batch jobs, which score files; leave it or --streaming out")

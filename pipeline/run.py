@@ -166,12 +166,13 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     from pipeline import streaming
 
     options = beam_options.view_as(ScoringOptions)
-    if options.id_attribute and runner in LOCAL_RUNNERS:
+    if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
         raise ValueError("--id_attribute: Beam's local runners cannot drop duplicates; DataflowRunner does")
     job = streaming.launch_word()
     pipeline = beam.Pipeline(options=beam_options)
-    streaming.build_streaming(pipeline, options, job)
-    if runner not in LOCAL_RUNNERS:
+    is_local = runner in LOCAL_RUNNERS
+    streaming.build_streaming(pipeline, options, job, count=is_local)
+    if not is_local:
         result = pipeline.run()
         if runner != "DataflowRunner" and not beam_options.get_all_options().get("template_location"):
             result.wait_until_finish()

@@ -33,13 +33,14 @@ WINDOW_SECS = 60.0
 _MAX_ROWS = 4096  # of a Beam bundle that become one table
 
 
-def build_streaming(pipeline: beam.Pipeline, options: Any, job: str = "") -> None:
+def build_streaming(pipeline: beam.Pipeline, options: Any, job: str = "", count: bool = False) -> None:
     """Adds the job's steps to a pipeline.
 
     Args:
         pipeline: To add to.
         options: With the attributes that `add_arguments` declares.
         job: A word for the names of files; see `WriteWindowFiles`.
+        count: For `local_account`.
 
     Raises:
         ValueError: A flag is wrong.
@@ -65,9 +66,10 @@ def build_streaming(pipeline: beam.Pipeline, options: Any, job: str = "") -> Non
     letters = (scored.dead_letters, refused) | "AllDeadLetters" >> beam.Flatten()
     letters | "WriteDeadLetters" >> write_letters
     # More steps on (scored.scored, letters), such as alerts, belong here.
-    records | "CountRecords" >> beam.ParDo(_Count(job, _one_record))
-    scored.scored | "CountScored" >> beam.ParDo(_Count(job, _one_scored, options.score_prefix))
-    letters | "CountDeadLetters" >> beam.ParDo(_Count(job, _letter_kinds))
+    if count:
+        records | "CountRecords" >> beam.ParDo(_Count(job, _one_record))
+        scored.scored | "CountScored" >> beam.ParDo(_Count(job, _one_scored, options.score_prefix))
+        letters | "CountDeadLetters" >> beam.ParDo(_Count(job, _letter_kinds))
 
 
 def letters_place(options: Any) -> str:

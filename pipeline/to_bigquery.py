@@ -11,7 +11,7 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
-from apache_beam.io.gcp.bigquery_tools import RetryStrategy
+from apache_beam.io.gcp.bigquery_tools import RetryStrategy, parse_table_reference
 
 from pipeline.letters import Letters
 from pipeline.records import json_rows, record_letters
@@ -45,6 +45,7 @@ class WriteTablesToBigQuery(beam.PTransform):
         if found is None:
             raise ValueError(f"expected bigquery:PROJECT.DATASET.TABLE, got bigquery:{self.table}")
         self.reference = f"{found[1]}:{found[2]}.{found[3]}"
+        parse_table_reference(self.reference)  # raises where Beam would, later
         self.fields = bigquery_fields(self.schema)
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[pa.Table]:
