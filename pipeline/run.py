@@ -179,7 +179,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
         return None
     start = time.perf_counter()
     with streaming.local_account(job) as counted:
-        with streaming.drained_by_signals():
+        with streaming.drained_by_signals(options):
             pipeline.run().wait_until_finish()
         return Summary(
             num_records=counted["records"],

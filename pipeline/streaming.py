@@ -208,7 +208,8 @@ class _WriteScored(beam.PTransform):
     def __init__(self, options: Any, job: str, schema: pa.Schema, prefix: str) -> None:
         super().__init__()
         self._schema, self._prefix = schema, prefix
-        self._window_secs = options.window_secs or WINDOW_SECS
+        # A file holds one window; BigQuery's table holds all.
+        self._windows = None if stream_place(options.output) else FixedWindows(options.window_secs or WINDOW_SECS)
         self._takes_messages, self._write = _place(options.output, "output", schema, options, "scored", job)
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[pa.Table]:
@@ -217,7 +218,9 @@ class _WriteScored(beam.PTransform):
             shaped = scored | "ToMessages" >> shape
         else:
             shape = beam.ParDo(_ToTables(self._schema, self._prefix)).with_outputs("dead_letters", main="shaped")
-            shaped = scored | "Window" >> beam.WindowInto(FixedWindows(self._window_secs)) | "ToTables" >> shape
+            if self._windows:
+                scored = scored | "Window" >> beam.WindowInto(self._windows)
+            shaped = scored | "ToTables" >> shape
             shaped.shaped.element_type = pa.Table
         shaped.dead_letters.element_type = pa.Table
         refused = [_global(shaped.dead_letters, "Unfit")]
@@ -457,11 +460,14 @@ def local_account(job: str) -> Iterator[Counter[str]]:
 
 
 @contextmanager
-def drained_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a local job as Dataflow's drain does: nothing more is read, windows close, all is written.
+def drained_by_signals(options: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM drain a local job from Pub/Sub: nothing more is read, windows close, all is written.
 
     A second signal ends it at once.
     """
+    if (stream_place(options.input) or ("",))[0] != "pubsub":
+        yield
+        return
     from apache_beam.runners.direct.transform_evaluator import TransformResult, _PubSubReadEvaluator
 
     read = _PubSubReadEvaluator.finish_bundle

@@ -412,7 +412,7 @@ def test_bigquery_lacks_lists_of_lists_and_strange_names():
 
 def test_a_job_into_bigquery_can_be_built(first_uri):
     flags = options(
-        *stream_flags(first_uri, "bigquery:project-a.flights.scored", dead_letters="bigquery:p:flights.dead")
+        *stream_flags(first_uri, "bigquery:project-a.flights.scored", dead_letters="bigquery:project-a:flights.dead")
     )
     pipeline = beam.Pipeline(options=PipelineOptions([], streaming=True, project="project-a"))
     build_streaming(pipeline, flags)
@@ -420,6 +420,27 @@ def test_a_job_into_bigquery_can_be_built(first_uri):
     assert "WriteScored/Write/Insert" in labels
     assert "WriteDeadLetters/Write/Refused" in labels
     assert WriteTablesToBigQuery("example.com:project-a.d.t", SCHEMA).reference == "example.com:project-a:d.t"
+
+
+@pytest.mark.parametrize(
+    "output", [f"pubsub:{PROJECT}/topics/out", "bigquery:project-a.flights.scored", "gs://bucket/out"]
+)
+def test_a_job_has_the_same_labels_and_coders_whenever_it_is_built(output, first_uri):
+    """Dataflow's --update goes by them."""
+
+    def steps() -> dict[str, tuple]:
+        flags = options(*stream_flags(first_uri, output, dead_letters="gs://bucket/dead", max_batch_duration_secs=1))
+        pipeline = beam.Pipeline(options=PipelineOptions([], streaming=True, project="project-a"))
+        build_streaming(pipeline, flags, job="any")
+        parts = pipeline.to_runner_api().components
+        coders = {name: parts.coders[data.coder_id].spec.urn for name, data in parts.pcollections.items()}
+        return {
+            part.unique_name: (part.spec.urn, sorted(coders[place] for place in part.outputs.values()))
+            for part in parts.transforms.values()
+        }
+
+    assert steps() == steps()
+    assert {"ReadRecords", "ScoreRecords", "WriteScored", "AllDeadLetters", "WriteDeadLetters"} <= set(steps())
 
 
 # ---- the job, on a real Pub/Sub server -----------------------------------------------------------
