@@ -23,7 +23,7 @@ from pipeline.sources import ReadTables, format_of, launch_schema, match_files, 
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
 
-LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+LOCAL_RUNNERS = ("DirectRunner", "BundleBasedDirectRunner", "FnApiRunner")
 
 
 class ScoringOptions(PipelineOptions):
@@ -168,9 +168,13 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     options = beam_options.view_as(ScoringOptions)
     if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
         raise ValueError("--id_attribute: Beam's local runners cannot drop duplicates; DataflowRunner does")
+    is_local, pinned = runner in LOCAL_RUNNERS, None
+    if is_local and streaming.uses_pubsub(options):
+        if runner == "FnApiRunner":
+            raise ValueError("--runner: FnApiRunner knows no Pub/Sub; DirectRunner does")
+        pinned = "BundleBasedDirectRunner"  # where there is internet, DirectRunner would try another one first
     job = streaming.launch_word()
-    pipeline = beam.Pipeline(options=beam_options)
-    is_local = runner in LOCAL_RUNNERS
+    pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
     if not is_local:
         result = pipeline.run()
@@ -180,7 +184,10 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     start = time.perf_counter()
     with streaming.local_account(job) as counted:
         with streaming.drained_by_signals(options):
-            pipeline.run().wait_until_finish()
+            try:
+                pipeline.run().wait_until_finish()
+            except streaming.service_errors() as error:
+                raise RuntimeError(str(error).partition(" [while running")[0]) from error
         return Summary(
             num_records=counted["records"],
             num_scored=counted["scored"] - counted["refused"],

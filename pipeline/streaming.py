@@ -79,6 +79,12 @@ def letters_place(options: Any) -> str:
     return f"{window_place(options.output)[0].rstrip('/')}/_dead_letters"
 
 
+def uses_pubsub(options: Any) -> bool:
+    """Whether any of a job's places is Pub/Sub."""
+    places = options.input, options.output, options.dead_letters
+    return any((stream_place(place) or ("",))[0] == "pubsub" for place in places)
+
+
 def table_schema(bundle: Bundle, options: Any) -> pa.Schema:
     """The columns of scored records in files and in BigQuery: those of training, the scores, and the event time.
 
@@ -118,12 +124,30 @@ class Message(NamedTuple):
     key: bytes | None = None
 
 
+def _need_gcp() -> None:
+    """Raises `ImportError` where Google's clients are not installed: Beam says so only in the running job."""
+    try:
+        import google.cloud.pubsub  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"pubsub: and bigquery: need the extra gcp: pip install 'beam-vae[gcp]' ({error})") from None
+
+
+def service_errors() -> tuple[type[Exception], ...]:
+    """What Google's clients raise, such as for a topic that is not there."""
+    try:
+        from google.api_core.exceptions import GoogleAPIError
+    except ImportError:
+        return ()
+    return (GoogleAPIError,)
+
+
 def _read_pubsub(name: str, options: Any) -> beam.PTransform:
     kind = re.fullmatch(r"projects/[^/]+/(subscription|topic)s/[^/]+", name)
     if kind is None:
         raise ValueError(
             f"--input: expected pubsub:projects/PROJECT/subscriptions/NAME or .../topics/NAME, got pubsub:{name}"
         )
+    _need_gcp()
     return ReadFromPubSub(
         **{kind[1]: name},
         id_label=options.id_attribute,
@@ -135,6 +159,7 @@ def _read_pubsub(name: str, options: Any) -> beam.PTransform:
 def _write_pubsub(name: str) -> beam.PTransform:
     if not re.fullmatch(r"projects/[^/]+/topics/[^/]+", name):
         raise ValueError(f"expected pubsub:projects/PROJECT/topics/NAME, got pubsub:{name}")
+    _need_gcp()
     return _WriteMessagesToPubSub(name)
 
 
@@ -160,6 +185,7 @@ def _pubsub_message(message: Message) -> PubsubMessage:
 
 
 def _write_bigquery(name: str, schema: pa.Schema) -> beam.PTransform:
+    _need_gcp()
     from pipeline.to_bigquery import WriteTablesToBigQuery
 
     return WriteTablesToBigQuery(name, schema)

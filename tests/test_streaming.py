@@ -110,9 +110,11 @@ def test_the_command_line_says_in_one_line_what_is_wrong(capsys):
     assert "add --streaming" in capsys.readouterr().err
 
 
-def test_duplicates_cannot_be_dropped_by_local_runners(first_uri, tmp_path):
+def test_what_local_runners_cannot_do_is_refused(first_uri, tmp_path):
     with pytest.raises(ValueError, match="--id_attribute: Beam's local runners cannot"):
         run(["--streaming", *stream_flags(first_uri, tmp_path, id_attribute="id")])
+    with pytest.raises(ValueError, match="--runner: FnApiRunner knows no Pub/Sub"):
+        run(["--streaming", "--runner=FnApiRunner", *stream_flags(first_uri, tmp_path)])
 
 
 # ---- files by window -----------------------------------------------------------------------------
@@ -572,6 +574,14 @@ def test_from_a_topic_to_files_by_window_late_events_have_their_own_window(emula
     assert {row for part in found.values() for row in part["id"].to_pylist()} == late
     assert pq.read_table(tmp_path / "out" / "_dead_letters").num_rows == 10
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.is_file()]
+
+
+def test_a_topic_that_is_not_there_is_told_in_one_line(emulator, first_uri, capsys):
+    emulator.publisher().publish(topic=f"{PROJECT}/topics/in", messages=[{"data": b"bad"}])
+    places = {"output": f"pubsub:{PROJECT}/topics/out", "dead_letters": f"pubsub:{PROJECT}/topics/nowhere"}
+    assert main(["--streaming", *stream_flags(first_uri, **places)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"beam-vae: error: 404 Resource not found: {PROJECT}/topics/nowhere"
 
 
 def test_the_demos_account_adds_up_only_if_it_does():
