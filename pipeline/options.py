@@ -32,13 +32,14 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
         "--input",
         metavar="URI",
         help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl. With --streaming, "
-        "pubsub:projects/P/subscriptions/S or .../topics/T.",
+        "pubsub:projects/P/subscriptions/S or .../topics/T, kafka:HOST:PORT/TOPIC, "
+        "replay:TABLE.parquet?rate=1000&time_column=T.",
     )
     add(
         "--output",
         metavar="URI",
         help="Where scored files go: a directory, or a name such as out/scored.csv. With --streaming, "
-        "pubsub:projects/P/topics/T, bigquery:PROJECT.DATASET.TABLE, or files by window: FOLDER or FOLDER/*.jsonl.",
+        "pubsub:projects/P/topics/T, kafka:HOST:PORT/TOPIC, bigquery:PROJECT.DATASET.TABLE, or files by window: FOLDER or FOLDER/*.jsonl.",
     )
     add("--bundle", metavar="URI", help="The model: a directory written by beam-vae fit, or a pointer to one.")
     add(

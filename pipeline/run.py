@@ -168,11 +168,10 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     options = beam_options.view_as(ScoringOptions)
     if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
         raise ValueError("--id_attribute: Beam's local runners cannot drop duplicates; DataflowRunner does")
-    is_local, pinned = runner in LOCAL_RUNNERS, None
-    if is_local and streaming.uses_pubsub(options):
-        if runner == "FnApiRunner":
-            raise ValueError("--runner: FnApiRunner knows no Pub/Sub; DirectRunner does")
-        pinned = "BundleBasedDirectRunner"  # where there is internet, DirectRunner would try another one first
+    is_local = runner in LOCAL_RUNNERS
+    pinned = streaming.local_runner(options) if is_local else None
+    if runner not in (pinned, "DirectRunner") and is_local:
+        raise ValueError(f"--runner: expected {pinned} for these places, or DirectRunner, got {runner}")
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)

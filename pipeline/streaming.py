@@ -79,10 +79,19 @@ def letters_place(options: Any) -> str:
     return f"{window_place(options.output)[0].rstrip('/')}/_dead_letters"
 
 
-def uses_pubsub(options: Any) -> bool:
-    """Whether any of a job's places is Pub/Sub."""
+def local_runner(options: Any) -> str:
+    """The runner of Beam's own that can run the job in this process. `DirectRunner` would take another at times.
+
+    Raises:
+        ValueError: None can.
+    """
     places = options.input, options.output, options.dead_letters
-    return any((stream_place(place) or ("",))[0] == "pubsub" for place in places)
+    schemes = [(stream_place(place) or ("",))[0] for place in places]
+    if "pubsub" not in schemes:
+        return "FnApiRunner"
+    if schemes[0] != "pubsub" or "kafka" in schemes:
+        raise ValueError("--runner: no local runner knows pubsub: together with kafka: or replay:")
+    return "BundleBasedDirectRunner"
 
 
 def table_schema(bundle: Bundle, options: Any) -> pa.Schema:
@@ -144,9 +153,7 @@ def service_errors() -> tuple[type[Exception], ...]:
 def _read_pubsub(name: str, options: Any) -> beam.PTransform:
     kind = re.fullmatch(r"projects/[^/]+/(subscription|topic)s/[^/]+", name)
     if kind is None:
-        raise ValueError(
-            f"--input: expected pubsub:projects/PROJECT/subscriptions/NAME or .../topics/NAME, got pubsub:{name}"
-        )
+        raise ValueError(f"expected pubsub:projects/PROJECT/subscriptions/NAME or .../topics/NAME, got pubsub:{name}")
     _need_gcp()
     return ReadFromPubSub(
         **{kind[1]: name},
@@ -191,8 +198,44 @@ def _write_bigquery(name: str, schema: pa.Schema) -> beam.PTransform:
     return WriteTablesToBigQuery(name, schema)
 
 
-SOURCES: dict[str, Callable[[str, Any], beam.PTransform]] = {"pubsub": _read_pubsub}
-MESSAGES: dict[str, Callable[[str], beam.PTransform]] = {"pubsub": _write_pubsub}
+def _read_kafka(name: str, _: Any) -> beam.PTransform:
+    from pipeline.kafka import read_from
+
+    return read_from(f"kafka:{name}")
+
+
+def _write_kafka(name: str) -> beam.PTransform:
+    from pipeline.kafka import write_to
+
+    return _WriteMessagesToKafka(write_to(f"kafka:{name}"))
+
+
+@dataclass
+class _WriteMessagesToKafka(beam.PTransform):
+    write: beam.PTransform
+
+    def expand(self, messages: beam.PCollection[Message]) -> Any:
+        from pipeline.kafka import Record
+
+        return messages | "ToKafka" >> beam.Map(_kafka_record).with_output_types(Record) | "Publish" >> self.write
+
+
+def _kafka_record(message: Message) -> tuple[bytes | None, bytes]:
+    return message.key, message.data
+
+
+def _read_replay(name: str, _: Any) -> beam.PTransform:
+    from pipeline.replay import read_from
+
+    return read_from(f"replay:{name}")
+
+
+SOURCES: dict[str, Callable[[str, Any], beam.PTransform]] = {
+    "pubsub": _read_pubsub,
+    "kafka": _read_kafka,
+    "replay": _read_replay,
+}
+MESSAGES: dict[str, Callable[[str], beam.PTransform]] = {"pubsub": _write_pubsub, "kafka": _write_kafka}
 TABLES: dict[str, Callable[[str, pa.Schema], beam.PTransform]] = {"bigquery": _write_bigquery}
 
 
@@ -201,7 +244,10 @@ def _found(sources: dict[str, Callable[[str, Any], beam.PTransform]], flag: str,
     if scheme not in sources:
         known = ", ".join(f"{item}:" for item in sorted(sources))
         raise ValueError(f"--{flag}: expected one of {known}, got {getattr(options, flag)}")
-    return sources[scheme](name, options)
+    try:
+        return sources[scheme](name, options)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from None
 
 
 def _place(uri: str, flag: str, schema: pa.Schema, options: Any, name: str, job: str) -> tuple[bool, beam.PTransform]:

@@ -3,6 +3,7 @@ import datetime
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from collections import Counter
 
 import apache_beam as beam
 import fastavro
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -113,8 +115,15 @@ def test_the_command_line_says_in_one_line_what_is_wrong(capsys):
 def test_what_local_runners_cannot_do_is_refused(first_uri, tmp_path):
     with pytest.raises(ValueError, match="--id_attribute: Beam's local runners cannot"):
         run(["--streaming", *stream_flags(first_uri, tmp_path, id_attribute="id")])
-    with pytest.raises(ValueError, match="--runner: FnApiRunner knows no Pub/Sub"):
+    with pytest.raises(ValueError, match="--runner: expected BundleBasedDirectRunner"):
         run(["--streaming", "--runner=FnApiRunner", *stream_flags(first_uri, tmp_path)])
+    with pytest.raises(ValueError, match="--runner: no local runner knows pubsub: together"):
+        run(
+            [
+                "--streaming",
+                *stream_flags(first_uri, tmp_path, input="kafka:localhost:9092/in", dead_letters="pubsub:x"),
+            ]
+        )
 
 
 # ---- files by window -----------------------------------------------------------------------------
@@ -443,6 +452,55 @@ def test_a_job_has_the_same_labels_and_coders_whenever_it_is_built(output, first
 
     assert steps() == steps()
     assert {"ReadRecords", "ScoreRecords", "WriteScored", "AllDeadLetters", "WriteDeadLetters"} <= set(steps())
+
+
+def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first_uri, mixed_table, tmp_path, capsys):
+    table = mixed_table.slice(0, 200).select(["length", "count", "color", "seen_at"]).sort_by("seen_at")
+    pq.write_table(table, tmp_path / "in.parquet")
+    day = 86_400
+    flags = stream_flags(
+        first_uri,
+        tmp_path / "out",
+        input=f"replay:{tmp_path}/in.parquet?rate=none&time_column=seen_at",
+        window_secs=7 * day,
+        columns="seen_at,length",
+    )
+    assert main(["--streaming", *flags]) == 0
+    assert re.search(r"records in\s+200\s", capsys.readouterr().out)
+    written = pq.read_table(tmp_path / "out").sort_by("seen_at")
+    assert written["length"].to_pylist() == table["length"].to_pylist()
+    alone = first.score(table)["anomaly_score"].to_numpy()
+    np.testing.assert_allclose(written["anomaly_score"].to_numpy(), alone, rtol=1e-4, atol=1e-3)
+    for path in (tmp_path / "out").glob("scored-*"):
+        start = datetime.datetime.strptime(path.name[7:22], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+        times = pq.read_table(path)["event_time"].to_pylist()
+        assert all(start <= when < start + datetime.timedelta(days=7) for when in times)
+
+
+def test_a_replayed_table_goes_to_kafka(first, first_uri, mixed_table, tmp_path):
+    kafka = pytest.importorskip("confluent_kafka", reason="Kafka's client comes with the extra kafka")
+    brokers = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "none"})
+    [broker] = brokers.list_topics().brokers.values()
+    table = mixed_table.slice(0, 20).select(["length", "count", "color", "id"])
+    pq.write_table(table, tmp_path / "in.parquet")
+    flags = stream_flags(
+        first_uri,
+        f"kafka:{broker.host}:{broker.port}/scored",
+        input=f"replay:{tmp_path}/in.parquet?rate=none",
+        dead_letters=tmp_path / "dead",
+    )
+    summary = run(["--streaming", *flags])
+    assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (20, 20, 0)
+    consumer = kafka.Consumer({"bootstrap.servers": f"{broker.host}:{broker.port}", "group.id": "any"})
+    partitions = consumer.list_topics("scored").topics["scored"].partitions
+    consumer.assign([kafka.TopicPartition("scored", partition, 0) for partition in partitions])
+    found: list[dict] = []
+    end = time.monotonic() + 20
+    while len(found) < 20 and time.monotonic() < end:
+        found += [json.loads(message.value()) for message in consumer.consume(100, timeout=0.2)]
+    consumer.close()
+    scores = {row["id"]: row["anomaly_score"] for row in first.score(table).to_pylist()}
+    assert {row["id"]: row["anomaly_score"] for row in found} == pytest.approx(scores, rel=1e-4, abs=1e-3)
 
 
 # ---- the job, on a real Pub/Sub server -----------------------------------------------------------
