@@ -39,7 +39,8 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
         "--output",
         metavar="URI",
         help="Where scored files go: a directory, or a name such as out/scored.csv. With --streaming, "
-        "pubsub:projects/P/topics/T, kafka:HOST:PORT/TOPIC, bigquery:PROJECT.DATASET.TABLE, or files by window: FOLDER or FOLDER/*.jsonl.",
+        "pubsub:projects/P/topics/T, kafka:HOST:PORT/TOPIC, bigquery:PROJECT.DATASET.TABLE, or files by window: "
+        "FOLDER or FOLDER/*.jsonl.",
     )
     add("--bundle", metavar="URI", help="The model: a directory written by beam-vae fit, or a pointer to one.")
     add(
