@@ -8,14 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo demo-stream test lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these lines.
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/demo.stamp  ## Train on a year of flights, find corrupted rows, with a Beam pipeline.
 	$(BIN)/beam-vae demo
+
+demo-stream: $(VENV)/demo.stamp  ## Score flights from a Pub/Sub topic on this machine, and swap the model meanwhile.
+	$(BIN)/beam-vae demo-stream
 
 test: lint  ## Check the code and run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

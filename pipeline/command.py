@@ -1,4 +1,4 @@
-"""The commands that need Beam: `run` and `demo`. Beam itself loads when one runs."""
+"""The commands that need Beam: `run`, `demo` and `demo-stream`. Beam itself loads when one runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from pipeline.options import add_arguments, check
 from vae_model.cli import formatter, guarded
 
-RUN_HELP = "Score files in a Beam job: every record ends up scored or among the dead letters."
+RUN_HELP = "Score files or a stream in a Beam job: every record ends up scored or among the dead letters."
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `run` and `demo` to a program's subcommands."""
+    """Adds `run`, `demo` and `demo-stream` to a program's subcommands."""
     run = commands.add_parser(
         "run",
         help=RUN_HELP,
@@ -37,6 +37,16 @@ def add_commands(commands: Any) -> None:
     )
     demo.add_argument("--picture", metavar="SVG", help="Save what it found as a picture too.")
     demo.set_defaults(command=_run_demo)
+    stream = commands.add_parser(
+        "demo-stream",
+        help="Score flights as they come through a Pub/Sub server on this machine; swap the model meanwhile.",
+        formatter_class=formatter(),
+    )
+    stream.add_argument("--folder", default="demo", metavar="DIR", help="Where tables and bundles go (default demo/).")
+    stream.add_argument(
+        "--flights", type=int, default=2000, metavar="N", help="How many flights of October (default 2000)."
+    )
+    stream.set_defaults(command=_run_demo_stream)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_job(args: argparse.Namespace) -> int:
     """Runs the job and prints its account."""
-    check(args)
+    check(args, streaming="--streaming" in args.others)
     run = load_job()
     runner = run.runner_of(args.others)
     if runner != "PortableRunner":  # whose job server may know flags of its own
@@ -93,13 +103,15 @@ def print_summary(summary: Any) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    rate = summary.num_anomalies / summary.num_scored if summary.num_scored else 0
+    share = summary.num_anomalies / summary.num_scored if summary.num_scored else 0
     table.add_row("records in", f"{summary.num_records:,}", "")
     table.add_row("scored", f"{summary.num_scored:,}", escape(summary.output))
-    table.add_row("anomalies", f"{summary.num_anomalies:,}", f"{rate:.2%} of the scored")
+    table.add_row("anomalies", f"{summary.num_anomalies:,}", f"{share:.2%} of the scored")
     table.add_row("dead letters", f"{summary.num_dead_letters:,}", escape(summary.dead_letters))
     for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1]):
         table.add_row("", f"{count:,}", reason.replace("_", " "))
+    for version, count in summary.versions.items():
+        table.add_row("version", f"{count:,}", version)
     if summary.num_unreadable_files:
         table.add_row("unreadable files", f"{summary.num_unreadable_files:,}", "of unknown length, one letter each")
     if summary.num_unaccounted:
@@ -114,3 +126,9 @@ def _run_demo(args: argparse.Namespace) -> int:
 
     demo(Path(args.folder), picture=Path(args.picture) if args.picture else None)
     return 0
+
+
+def _run_demo_stream(args: argparse.Namespace) -> int:
+    from pipeline.demo_stream import demo_stream
+
+    return 0 if demo_stream(Path(args.folder), args.flights).adds_up else 1

@@ -93,12 +93,13 @@ def print_strangest(console: Console, scored: pa.Table) -> None:
     order = pc.select_k_unstable(scored, NUM_STRANGEST, [("anomaly_score", "descending")])
     for row in scored.take(order).to_pylist():
         flight = f"{row['carrier']} {row['flight']} {row['origin']}-{row['dest']}\n{row['time_hour']:%a %d %b}"
-        reasons = "\n".join(_reason_text(reason) for reason in row["anomaly_reasons"])
+        reasons = "\n".join(reason_text(reason) for reason in row["anomaly_reasons"])
         table.add_row(flight, f"{row['anomaly_score']:.1f}", f"{row['anomaly_p_value']:.0e}", reasons)
     console.print(table)
 
 
-def _reason_text(reason: dict[str, Any]) -> str:
+def reason_text(reason: dict[str, Any]) -> str:
+    """One column that made a row strange, with rich's markup."""
     value = "missing" if reason["value"] is None else f"{escape(reason['value'])} ({reason['direction']})"
     between = f" ({reason['low']} to {reason['high']})" if reason["low"] is not None else ""
     expected = f"expected {reason['expected']}{between}"

@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "BeamVAE"
 KIND_PREFIX = "dead_letters_"  # of the counters by kind of error
 
+_told: set[tuple[str, str]] = set()  # by this process: a step's own copy may live no longer than one Beam bundle
+
 
 class Letters:
     """Of one step. A letter of unknown `num_records` counts as one record, and as an unreadable file."""
@@ -20,7 +22,6 @@ class Letters:
     def __init__(self) -> None:
         self._num_dead_letters = Metrics.counter(NAMESPACE, "num_dead_letters")
         self._num_unreadable_files = Metrics.counter(NAMESPACE, "num_unreadable_files")
-        self._told: set[tuple[str, str]] = set()
 
     def send(self, letters: pa.Table) -> beam.pvalue.TaggedOutput:
         """The letters (`DEAD_LETTER_SCHEMA`) as the step's output "dead_letters"."""
@@ -37,7 +38,7 @@ class Letters:
             self._num_dead_letters.inc(count)
             Metrics.counter(NAMESPACE, f"{KIND_PREFIX}{kind['error_type']}").inc(count)
             place = kind["column"] or "record", kind["error_type"]
-            if place not in self._told:  # once: a stream of bad records must not flood the log, nor be shown in it
-                self._told.add(place)
+            if place not in _told:  # once: a stream of bad records must not flood the log, nor be shown in it
+                _told.add(place)
                 logger.warning("dead letters: %s: %s (told once per worker)", *place)
         self._num_unreadable_files.inc(letters["num_records"].null_count)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError
 from typing import Any
 
 from vae_model.cli import names
+
+# What --input, --output and --dead_letters of a streaming job may begin with; `pipeline.streaming` knows how.
+STREAMS = ("pubsub", "kafka", "replay", "bigquery")
+_STREAM = re.compile(rf"({'|'.join(STREAMS)}):(?!//)(.*)", re.DOTALL)
 
 
 def fraction(text: str) -> float:
@@ -23,8 +28,20 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     """Declares the flags. None is required here: Beam parses every subclass's flags in every pipeline."""
     add = parser.add_argument
     formats = ("parquet", "csv", "jsonl")
-    add("--input", metavar="URI", help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl.")
-    add("--output", metavar="URI", help="Where scored files go: a directory, or a name such as out/scored.csv.")
+    add(
+        "--input",
+        metavar="URI",
+        help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl. With --streaming, "
+        "pubsub:projects/P/subscriptions/S or .../topics/T, kafka:HOST:PORT/TOPIC, "
+        "replay:TABLE.parquet?rate=1000&time_column=T.",
+    )
+    add(
+        "--output",
+        metavar="URI",
+        help="Where scored files go: a directory, or a name such as out/scored.csv. With --streaming, "
+        "pubsub:projects/P/topics/T, kafka:HOST:PORT/TOPIC, bigquery:PROJECT.DATASET.TABLE, or files by window: "
+        "FOLDER or FOLDER/*.jsonl.",
+    )
     add("--bundle", metavar="URI", help="The model: a directory written by beam-vae fit, or a pointer to one.")
     add(
         "--model_refresh_secs",
@@ -34,7 +51,12 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     )
     add("--input_format", choices=formats, help="By default, by the suffix of --input.")
     add("--output_format", choices=formats, help="By default, by the suffix of --output, else that of the input.")
-    add("--dead_letters", metavar="URI", help="Where unusable records go. By default, OUTPUT/_dead_letters.")
+    add(
+        "--dead_letters",
+        metavar="URI",
+        help="Where unusable records go: files, or, with --streaming, whatever --output takes. By default, "
+        "OUTPUT/_dead_letters where the output is files.",
+    )
     add(
         "--max_dead_letter_fraction",
         type=fraction,
@@ -48,10 +70,65 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     add("--threshold", type=float, metavar="NATS", help="Label scores from here on, instead of the bundle's threshold.")
     add("--score_prefix", default="", metavar="TEXT", help="Put before the names of the score columns.")
     add("--overwrite", action="store_true", help="Replace scored files that are at --output.")
+    add(
+        "--timestamp_attribute",
+        metavar="NAME",
+        help="With --streaming: the Pub/Sub attribute that holds a message's event time (RFC 3339, or milliseconds "
+        "since 1970); by default, when it was published.",
+    )
+    add(
+        "--id_attribute",
+        metavar="NAME",
+        help="With --streaming: the Pub/Sub attribute by which Dataflow drops messages that come twice within ten "
+        "minutes.",
+    )
+    add(
+        "--max_batch_duration_secs",
+        type=float,
+        metavar="SECS",
+        help="With --streaming: how long a record may wait for others to be scored with; by default, not at all.",
+    )
+    add("--window_secs", type=float, metavar="SECS", help="With --streaming: length of a file's window (default 60).")
+    add(
+        "--allowed_lateness_secs",
+        type=float,
+        metavar="SECS",
+        help="With --streaming: drop what comes later than this after its window, rather than write it; by default, "
+        "nothing is dropped.",
+    )
+    add(
+        "--num_shards",
+        type=int,
+        metavar="N",
+        help="With --streaming: files per window (default 1); more are written at the same time.",
+    )
 
 
-def check(options: Any) -> None:
+def stream_place(uri: Any) -> tuple[str, str] | None:
+    """`("pubsub", "projects/P/topics/T")` of a stream's URI; None of files."""
+    found = _STREAM.fullmatch(str(uri))
+    return (found[1], found[2]) if found else None
+
+
+_STREAMING_ONLY = (
+    "timestamp_attribute",
+    "id_attribute",
+    "max_batch_duration_secs",
+    "window_secs",
+    "allowed_lateness_secs",
+    "num_shards",
+)
+_BATCH_ONLY = ("overwrite", "input_format", "output_format")
+_LEAST = {"model_refresh_secs": 0, "reasons": 0, "allowed_lateness_secs": 0, "num_shards": 1}
+_POSITIVE = ("max_batch_duration_secs", "window_secs")
+
+
+def check(options: Any, streaming: bool = False) -> None:
     """Says what is missing or contradictory.
+
+    Args:
+        options: With the attributes that `add_arguments` declares.
+        streaming: Whether Beam's flag `--streaming` is given.
 
     Raises:
         ValueError: Naming the flags.
@@ -61,7 +138,36 @@ def check(options: Any) -> None:
         raise ValueError(f"missing {', '.join(missing)}; see --help")
     if options.columns is not None and options.id_columns is not None:
         raise ValueError("--columns and --id_columns: expected one of them, got both")
-    if options.model_refresh_secs is not None and not options.model_refresh_secs >= 0:
-        raise ValueError(f"--model_refresh_secs: expected a number >= 0, got {options.model_refresh_secs:g}")
-    if options.reasons < 0:
-        raise ValueError(f"--reasons: expected a number >= 0, got {options.reasons}")
+    for flag, least in _LEAST.items():
+        value = getattr(options, flag)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{flag}: expected a number >= {least}, got {value:g}")
+    for flag in _POSITIVE:
+        value = getattr(options, flag)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{flag}: expected a number > 0, got {value:g}")
+    if streaming:
+        _check_streaming(options)
+        return
+    for flag in ("input", "output", "dead_letters"):
+        if stream_place(getattr(options, flag)):
+            raise ValueError(f"--{flag}: {getattr(options, flag)} is for streaming jobs; add --streaming")
+    for flag in _STREAMING_ONLY:
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag}: is for streaming jobs; add --streaming")
+
+
+def _check_streaming(options: Any) -> None:
+    source = stream_place(options.input)
+    if source is None:
+        raise ValueError(f"--input: expected a stream, such as pubsub:..., got {options.input}; leave --streaming out")
+    for flag in _BATCH_ONLY:
+        if getattr(options, flag):
+            raise ValueError(f"--{flag}: is for batch jobs, which score files; leave it or --streaming out")
+    if stream_place(options.output) and not options.dead_letters:
+        raise ValueError(f"missing --dead_letters: with --output {options.output}, they need a place of their own")
+    for flag in ("timestamp_attribute", "id_attribute"):
+        if getattr(options, flag) and source[0] != "pubsub":
+            raise ValueError(f"--{flag}: expected only with --input pubsub:..., got {options.input}")
+    if str(options.dead_letters) == str(options.output):
+        raise ValueError("--dead_letters and --output: expected two places, got the same twice")

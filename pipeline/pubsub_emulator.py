@@ -28,7 +28,7 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 _NUM_THREADS = 64  # a streaming pull holds one for as long as it lasts
-_MAX_PULL_SECS = 1.0  # of waiting, where nothing comes
+_MAX_PULL_SECS = 0.2  # of waiting, where nothing comes: Beam's local runner does nothing else meanwhile
 _STREAM_BATCH = 200
 _TICK_SECS = 0.1  # how soon an ended call is noticed
 

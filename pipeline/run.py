@@ -1,12 +1,13 @@
-"""The batch job: reads files, scores them, writes them, and accounts for every record."""
+"""The job: reads files or a stream, scores, writes, and accounts for every record."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import apache_beam as beam
@@ -22,7 +23,7 @@ from pipeline.sources import ReadTables, format_of, launch_schema, match_files, 
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
 
-LOCAL_RUNNERS = ("DirectRunner", "FnApiRunner")
+LOCAL_RUNNERS = ("DirectRunner", "BundleBasedDirectRunner", "FnApiRunner")
 
 
 class ScoringOptions(PipelineOptions):
@@ -51,6 +52,7 @@ class Summary:
         seconds: From launch to the last file.
         output: Where the scored files are.
         dead_letters: Where the others are.
+        versions: Of a streaming job, records by the version of the model that scored them.
     """
 
     num_records: int
@@ -62,6 +64,7 @@ class Summary:
     seconds: float
     output: str
     dead_letters: str
+    versions: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_unaccounted(self) -> int:
@@ -70,7 +73,7 @@ class Summary:
 
 
 def build(pipeline: beam.Pipeline, options: Any) -> None:
-    """Adds the job's steps to a pipeline.
+    """Adds the batch job's steps to a pipeline.
 
     Args:
         pipeline: To add to.
@@ -124,7 +127,8 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
     """Runs the job that the flags describe; flags that are not ours go to Beam.
 
     Returns:
-        The account once the job is done, or None for a template, which has only been written.
+        The account once the job is done. None for a template, which has only been written, and for a streaming job
+        elsewhere than in this process: on Dataflow it has only been started.
 
     Raises:
         DeadLetterLimitError: The job failed for its dead letters.
@@ -133,6 +137,8 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
     options = beam_options.view_as(ScoringOptions)
     if runner_of(list(argv or ())) == "DataflowRunner" and "://" not in str(options.bundle):
         raise ValueError(f"--bundle: expected a URI that Dataflow's workers can read, got {options.bundle}")
+    if beam_options.view_as(StandardOptions).streaming:
+        return _run_streaming(beam_options, runner_of(list(argv or ())))
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
     old = _output_files(options)
@@ -154,6 +160,49 @@ def run(argv: Sequence[str] | None = None) -> Summary | None:
         raise
     _clean_up(options, old)
     return summarize(result, time.perf_counter() - start, options)
+
+
+def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None:
+    from pipeline import streaming
+
+    options = beam_options.view_as(ScoringOptions)
+    if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
+        raise ValueError("--id_attribute: Beam's local runners cannot drop duplicates; DataflowRunner does")
+    is_local = runner in LOCAL_RUNNERS
+    pinned = streaming.local_runner(options) if is_local else None
+    if runner not in (pinned, "DirectRunner") and is_local:
+        raise ValueError(f"--runner: expected {pinned} for these places, or DirectRunner, got {runner}")
+    job = streaming.launch_word()
+    pipeline = beam.Pipeline(runner=pinned, options=beam_options)
+    streaming.build_streaming(pipeline, options, job, count=is_local)
+    if not is_local:
+        result = pipeline.run()
+        if runner != "DataflowRunner" and not beam_options.get_all_options().get("template_location"):
+            result.wait_until_finish()
+        return None
+    start = time.perf_counter()
+    with streaming.local_account(job) as counted:
+        with streaming.drained_by_signals(options):
+            try:
+                pipeline.run().wait_until_finish()
+            except streaming.service_errors() as error:
+                raise RuntimeError(str(error).partition(" [while running")[0]) from error
+        return Summary(
+            num_records=counted["records"],
+            num_scored=counted["scored"] - counted["refused"],
+            num_anomalies=counted["anomalies"],
+            num_dead_letters=counted["letters"],
+            num_unreadable_files=0,
+            reasons=_named(counted, "letter "),
+            seconds=time.perf_counter() - start,
+            output=str(options.output),
+            dead_letters=streaming.letters_place(options),
+            versions=_named(counted, "version "),
+        )
+
+
+def _named(counted: Counter[str], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): number for name, number in counted.items() if name.startswith(prefix)}
 
 
 def summarize(result: Any, seconds: float, options: Any) -> Summary:

@@ -304,7 +304,7 @@ class _RecordScorer:
             [payload(element) for element in elements],
             list(faults.values()),
             attributes=[element.attributes if isinstance(element, PubsubMessage) else None for element in elements],
-            event_times=[_event_time(batch[row].timestamp_micros) for row in faults],
+            event_times=[event_time(batch[row].timestamp_micros) for row in faults],
             stage="score",
             model_version=self._bundle.model_version,
         )
@@ -322,7 +322,8 @@ class _RecordScorer:
 _FIRST_YEAR, _LAST_YEAR = -62_135_596_800_000_000, 253_402_300_799_999_999  # 1 and 9999, in microseconds
 
 
-def _event_time(micros: int) -> int | None:
+def event_time(micros: int) -> int | None:
+    """The same time, in microseconds since 1970, or None where the calendar ends before it."""
     return micros if _FIRST_YEAR <= micros <= _LAST_YEAR else None  # Beam's own least and greatest say nothing
 
 

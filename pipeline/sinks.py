@@ -57,7 +57,7 @@ class WriteTables(beam.PTransform):
         prefix, suffix = destination(self.path, file_format, self.name)
         if file_format == "parquet":
             return tables | "WriteParquet" >> beam.io.Write(_ParquetSink(prefix, suffix, self.schema))
-        encode = _csv_text if file_format == "csv" else _json_text
+        encode = _csv_text if file_format == "csv" else table_lines
         header = _csv_text(self.schema.empty_table(), header=True) if file_format == "csv" else b""
         return (
             tables
@@ -169,7 +169,8 @@ class WriteDeadLetters(beam.PTransform):
         return dead_letters | "WriteTables" >> write
 
 
-def _json_text(table: pa.Table) -> bytes:
+def table_lines(table: pa.Table) -> bytes:
+    """The rows as JSON Lines."""
     lines = json_rows(table).to_pylist()
     return "".join(f"{line}\n" for line in lines).encode()
 

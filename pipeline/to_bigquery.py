@@ -1,0 +1,173 @@
+"""Tables to BigQuery: which schema an Arrow schema is there, and its rows as BigQuery takes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
+from apache_beam.io.gcp.bigquery_tools import RetryStrategy, parse_table_reference
+
+from pipeline.letters import Letters
+from pipeline.records import json_rows, record_letters
+from pipeline.rows import json_text
+
+
+@dataclass
+class WriteTablesToBigQuery(beam.PTransform):
+    """Writes tables of one schema to BigQuery; gives the dead letters of the rows that it refused.
+
+    By streaming inserts: they need no Java where the job is launched, as the Storage Write API does in Beam's Python,
+    and give back each row that BigQuery refuses. A row that Beam sends twice is dropped by its insert id where it comes
+    within about a minute; the table may hold the others twice. The table is made where there is none, partitioned by
+    the day of `event_time`.
+
+    Args:
+        table: "PROJECT.DATASET.TABLE", or "PROJECT:DATASET.TABLE".
+        schema: The schema of every table.
+
+    Raises:
+        ValueError: The name is no table's, or the schema has no place in BigQuery.
+    """
+
+    table: str
+    schema: pa.Schema
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        # A project may belong to a domain, as in example.com:project.
+        found = re.fullmatch(r"((?:[^:]+:)?[^:.]+)[:.]([\w-]+)\.([^.:]+)", self.table)
+        if found is None:
+            raise ValueError(f"expected bigquery:PROJECT.DATASET.TABLE, got bigquery:{self.table}")
+        self.reference = f"{found[1]}:{found[2]}.{found[3]}"
+        parse_table_reference(self.reference)  # raises where Beam would, later
+        self.fields = bigquery_fields(self.schema)
+
+    def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[pa.Table]:
+        times = [field.name for field in self.schema if field.name.endswith("event_time")][-1:]
+        partitions = {"timePartitioning": {"type": "DAY", "field": times[0]}} if times else {}
+        rows = tables | "ToRows" >> beam.FlatMap(bigquery_rows).with_output_types(dict[str, Any])
+        written = rows | "Insert" >> WriteToBigQuery(
+            self.reference,
+            schema={"fields": self.fields},
+            method=WriteToBigQuery.Method.STREAMING_INSERTS,
+            create_disposition=BigQueryDisposition.CREATE_IF_NEEDED,
+            write_disposition=BigQueryDisposition.WRITE_APPEND,
+            # What cannot succeed is set aside, rather than tried for ever with all that comes after it.
+            insert_retry_strategy=RetryStrategy.RETRY_ON_TRANSIENT_ERROR,
+            additional_bq_parameters=partitions,
+        )
+        refuse = beam.ParDo(_Refuse()).with_output_types(pa.Table)
+        return written.failed_rows_with_errors | "Refused" >> refuse
+
+
+class _Refuse(beam.DoFn):
+    """Rows that BigQuery refused, as dead letters."""
+
+    def __init__(self) -> None:
+        self._letters = Letters()
+
+    def process(self, failed: tuple[str, dict[str, Any], Sequence[Any]]) -> list[pa.Table]:
+        table, row, errors = failed
+        letters = record_letters(
+            [(json_text(row), "json")],
+            [(None, "refused_by_bigquery", f"{table}: {json_text(errors)}")],
+            attributes=[None],
+            event_times=[None],
+            stage="write",
+            model_version=None,
+        )
+        self._letters.count(letters)
+        return [letters]
+
+
+def bigquery_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as JSON values that BigQuery reads: ISO 8601 times, base64, NaN as null; no null lists."""
+    columns = [_insertable(column.combine_chunks()) for column in table.columns]
+    names = [name for name, field in zip(table.column_names, table.schema, strict=True) if _is_list(field.type)]
+    rows = [json.loads(text) for text in json_rows(pa.table(columns, names=table.column_names)).to_pylist()]
+    for row in rows:
+        for name in names:
+            row[name] = row[name] or []
+    return rows
+
+
+def _insertable(column: pa.Array) -> pa.Array:
+    if pa.types.is_map(column.type):
+        kind = column.type
+        return column.cast(pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)])))
+    return column
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_map(kind)
+    )
+
+
+def bigquery_fields(schema: pa.Schema) -> list[dict[str, Any]]:
+    """A table schema of BigQuery, as its API takes it.
+
+    Durations are whole numbers of their unit, maps are lists of keys and values.
+
+    Raises:
+        ValueError: A column has no such place, or a name that BigQuery does not take.
+    """
+    return [_field(field.name, field.type, field.name) for field in schema]
+
+
+def _field(name: str, kind: pa.DataType, column: str) -> dict[str, Any]:
+    # Its rule for any client; flexible names need the Storage Write API.
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,299}", name):
+        raise ValueError(f"{column}: expected a name of letters, digits and underscores for BigQuery; see --columns")
+    if pa.types.is_dictionary(kind):
+        return _field(name, kind.value_type, column)
+    if pa.types.is_map(kind):
+        kind = pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)]))
+    if _is_list(kind):
+        if _is_list(kind.value_type):
+            raise ValueError(f"{column}: expected no list of lists, which BigQuery lacks; see --columns")
+        return {**_field(name, kind.value_type, column), "mode": "REPEATED"}
+    if pa.types.is_struct(kind):
+        fields = [_field(item.name, item.type, column) for item in kind]
+        return {"name": name, "type": "RECORD", "mode": "NULLABLE", "fields": fields}
+    for is_such, type_name in _TYPES:
+        if is_such(kind):
+            return {"name": name, "type": type_name, "mode": "NULLABLE"}
+    raise ValueError(f"{column}: expected a type that BigQuery has, got {kind}; see --columns")
+
+
+def _is_wide(kind: pa.DataType) -> bool:
+    """More than the 38 digits, 9 of them after the point, of NUMERIC."""
+    return pa.types.is_decimal(kind) and (kind.scale > 9 or kind.precision - kind.scale > 29)
+
+
+_TYPES = [
+    (pa.types.is_boolean, "BOOLEAN"),
+    (pa.types.is_uint64, "NUMERIC"),
+    (pa.types.is_integer, "INTEGER"),
+    (pa.types.is_duration, "INTEGER"),
+    (pa.types.is_floating, "FLOAT"),
+    (_is_wide, "BIGNUMERIC"),
+    (pa.types.is_decimal, "NUMERIC"),
+    (pa.types.is_string, "STRING"),
+    (pa.types.is_large_string, "STRING"),
+    (pa.types.is_string_view, "STRING"),
+    (pa.types.is_binary, "BYTES"),
+    (pa.types.is_large_binary, "BYTES"),
+    (pa.types.is_fixed_size_binary, "BYTES"),
+    (pa.types.is_binary_view, "BYTES"),
+    (lambda kind: pa.types.is_timestamp(kind) and kind.tz is not None, "TIMESTAMP"),
+    (pa.types.is_timestamp, "DATETIME"),
+    (pa.types.is_date, "DATE"),
+    (pa.types.is_time, "TIME"),
+    (pa.types.is_null, "STRING"),
+]
