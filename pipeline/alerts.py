@@ -479,7 +479,7 @@ class AlertOnDeadLetters(beam.PTransform):
     comes later is not counted.
 
     Args:
-        max_fraction: Share of dead letters among all records that is still accepted, in [0, 1).
+        max_fraction: Share of dead letters among all records that is still accepted, in [0, 1].
         window_secs: Length of the windows, in event time.
     """
 
@@ -488,8 +488,8 @@ class AlertOnDeadLetters(beam.PTransform):
 
     def __post_init__(self) -> None:
         super().__init__()
-        if not 0 <= self.max_fraction < 1:
-            raise ValueError(f"max_fraction: expected a number in [0, 1), got {self.max_fraction!r}")
+        if not 0 <= self.max_fraction <= 1:
+            raise ValueError(f"max_fraction: expected a number in [0, 1], got {self.max_fraction!r}")
         if not self.window_secs > 0:
             raise ValueError(f"window_secs: expected seconds > 0, got {self.window_secs!r}")
 

@@ -62,7 +62,8 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
         type=fraction,
         default=0.1,
         metavar="SHARE",
-        help="The job fails if a larger share of the records cannot be scored (default 0.1).",
+        help="The job fails if a larger share of the records cannot be scored (default 0.1). With --streaming, it goes "
+        "on, and warns of each window of time.",
     )
     add("--columns", type=names, metavar="A,B", help="Input columns to write beside the scores (default: all).")
     add("--id_columns", type=names, metavar="A,B", help="Write these columns and the scores only.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import threading
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub, WriteToPubSub
+from apache_beam.metrics import Metrics
 from apache_beam.transforms.window import FixedWindows
 from apache_beam.utils.windowed_value import PANE_INFO_UNKNOWN
 from apache_beam.utils.windowed_value import create as windowed_value
 
-from pipeline.letters import Letters
+from pipeline.alerts import AlertOnDeadLetters
+from pipeline.letters import NAMESPACE, Letters
 from pipeline.options import check, stream_place
 from pipeline.records import DEAD_LETTER_SCHEMA, MAX_LINE_BYTES, json_rows, parse_json_lines, record_letters
 from pipeline.rows import json_text, payload
@@ -28,6 +31,8 @@ from pipeline.score_records import ScoreRecords, event_time
 from pipeline.window_files import WriteWindowFiles, window_place
 from vae_model.bundle import Bundle, refuse_clash, score_fields
 from vae_model.tables import conform
+
+logger = logging.getLogger(__name__)
 
 WINDOW_SECS = 60.0
 _MAX_ROWS = 4096  # of a Beam bundle that become one table
@@ -65,7 +70,8 @@ def build_streaming(pipeline: beam.Pipeline, options: Any, job: str = "", count:
     refused = scored.scored | "WriteScored" >> write_scored
     letters = (scored.dead_letters, refused) | "AllDeadLetters" >> beam.Flatten()
     letters | "WriteDeadLetters" >> write_letters
-    # More steps on (scored.scored, letters), such as alerts, belong here.
+    alert = AlertOnDeadLetters(options.max_dead_letter_fraction, options.window_secs or WINDOW_SECS)
+    (scored.scored, letters) | "AlertOnDeadLetters" >> alert
     if count:
         records | "CountRecords" >> beam.ParDo(_Count(job, _one_record))
         scored.scored | "CountScored" >> beam.ParDo(_Count(job, _one_scored, options.score_prefix))
@@ -375,12 +381,16 @@ class _ToMessages(beam.DoFn):
             yield Message(message.data, attributes, message.key)
 
 
+_undeclared: set[str] = set()
+
+
 class _ToTables(beam.DoFn):
     """Scored elements in, the tables of their windows out, as the Beam bundle ends."""
 
     def __init__(self, schema: pa.Schema, prefix: str) -> None:
         self._schema, self._prefix = schema, prefix
         self._letters = Letters()
+        self._num_undeclared_columns = Metrics.counter(NAMESPACE, "num_undeclared_columns")
 
     def start_bundle(self) -> None:
         self._waiting: dict[Any, list[tuple[Message, int]]] = {}
@@ -406,6 +416,7 @@ class _ToTables(beam.DoFn):
         own = self._schema.remove(len(self._schema) - 1)
         # What is scored is a JSON object; written again where it has line breaks.
         lines = [_one_line(message.data) for message, _ in waiting]
+        self._tell_undeclared(json.loads(lines[0]))
         parsed = parse_json_lines(b"\n".join(lines), own)
         table, rejects = conform(parsed.table, own)
         for rows, column, error in parsed.wrong_cells:
@@ -429,6 +440,13 @@ class _ToTables(beam.DoFn):
             table = table.filter(rejects.keep)
         if times:
             yield _in_window(table, min(times), window)
+
+    def _tell_undeclared(self, record: dict[str, Any]) -> None:
+        """Columns that are left out, once per process: of one record per table, for most are alike."""
+        if new := record.keys() - set(self._schema.names) - _undeclared:
+            _undeclared.update(new)
+            self._num_undeclared_columns.inc(len(new))
+            logger.warning("columns that neither training nor --columns names are left out: %d (told once)", len(new))
 
 
 def _in_window(table: pa.Table, micros: int, window: Any) -> Any:

@@ -477,6 +477,34 @@ def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first
         assert all(start <= when < start + datetime.timedelta(days=7) for when in times)
 
 
+def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog):
+    """Every tenth record of January is malformed, and every third of March."""
+    table = mixed_table.select(["length", "count", "color", "seen_at", "price"]).sort_by("seen_at").slice(0, 900)
+    months = table["seen_at"].to_numpy().astype("datetime64[M]").astype(int) % 12
+    length = [
+        "tall" if (i % 10 == 0 and month == 0) or (i % 3 == 0 and month == 2) else repr(value)
+        for i, (month, value) in enumerate(zip(months, table["length"].to_pylist(), strict=True))
+    ]
+    bad = np.array([text == "tall" for text in length])
+    pq.write_table(table.set_column(0, "length", pa.array(length)), tmp_path / "in.parquet")
+    flags = stream_flags(
+        first_uri,
+        tmp_path / "out",
+        input=f"replay:{tmp_path}/in.parquet?rate=none&time_column=seen_at",
+        window_secs=86_400,
+        max_dead_letter_fraction=0.25,
+    )
+    summary = run(["--streaming", *flags])
+    assert (summary.num_records, summary.num_dead_letters) == (900, bad.sum())
+    days = table["seen_at"].to_numpy().astype("datetime64[D]")
+    expected = [str(day) for day in np.unique(days) if bad[days == day].mean() > 0.25]
+    told = [record.getMessage() for record in caplog.records if record.name == "pipeline.alerts"]
+    assert sorted(re.search(r"from (\S+)T00:00:00Z", line)[1] for line in told) == expected
+    assert expected
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert left_out == ["columns that neither training nor --columns names are left out: 2 (told once)"]
+
+
 def test_a_replayed_table_goes_to_kafka(first, first_uri, mixed_table, tmp_path):
     kafka = pytest.importorskip("confluent_kafka", reason="Kafka's client comes with the extra kafka")
     brokers = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "none"})
