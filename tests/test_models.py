@@ -21,9 +21,11 @@ from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.counters import CounterFactory
 from waiting import until
 
+from pipeline import keyed_models
 from pipeline import models as models_module
+from pipeline.keyed_models import KeyedModelError, KeyedModels
 from pipeline.letters import NAMESPACE
-from pipeline.models import KeyedModelError, KeyedModels, ModelSource, launch, model_bytes, poll_now
+from pipeline.models import ModelSource, launch, model_bytes, poll_now
 from pipeline.transforms import ScoreTables, refresh_secs
 from vae_model.bundle import BundleError, load_bundle
 from vae_model.pointer import Entry, Pointer
@@ -204,18 +206,19 @@ def test_a_forked_child_starts_afresh(folder):
     assert models_module._followed
     code = """
 import os, threading
-from pipeline import models
+from pipeline import keyed_models, models
 held = threading.Event()
 def hold():
-    with models._lock:
+    with models._lock, keyed_models._lock:
         held.set()
         threading.Event().wait()
 threading.Thread(target=hold, daemon=True).start()
 held.wait()
-models._followed["x"] = models._caches["x"] = models._bundles["x"] = 1
+models._followed["x"] = keyed_models._caches["x"] = models._bundles["x"] = 1
 pid = os.fork()
 if pid == 0:
-    fresh = models._lock.acquire(timeout=5) and not (models._followed or models._caches or models._bundles)
+    fresh = models._lock.acquire(timeout=5) and keyed_models._lock.acquire(timeout=5)
+    fresh = fresh and not (models._followed or keyed_models._caches or models._bundles)
     os._exit(0 if fresh and models._poller._thread is None else 1)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
@@ -595,7 +598,7 @@ def test_a_key_that_gets_a_model_later_is_served(tenants, first):
 
 
 def test_refused_keys_are_not_kept_for_ever(tenants, monkeypatch):
-    monkeypatch.setattr(models_module, "_MAX_REFUSED_KEYS", 10)
+    monkeypatch.setattr(keyed_models, "_MAX_REFUSED_KEYS", 10)
     models = KeyedModels(f"{tenants}/{{key}}/current.json")
     for i in range(50):
         refused(models, f"new{i}")
