@@ -9,12 +9,21 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.models import REFRESH_SECS, FollowedModel, Model, ModelSource, follow, model_bytes, unfollow
+from pipeline.models import (
+    REFRESH_SECS,
+    FollowedModel,
+    Model,
+    ModelSource,
+    count_load,
+    follow,
+    model_bytes,
+    unfollow,
+)
 from vae_model import files
 from vae_model.bundle import MANIFEST, Bundle, BundleError, load_bundle
 from vae_model.pointer import is_pointer, read_pointer
@@ -69,6 +78,8 @@ class KeyedModels:
             self.template: str | None = files.absolute(models_by_key)
             self.models: dict[str, str] = {}
         else:
+            if "" in models_by_key:
+                raise ValueError("models_by_key: expected keys of at least one character, got an empty one")
             self.template = None
             self.models = {key: files.absolute(uri) for key, uri in models_by_key.items()}
         if not max_bytes > 0:
@@ -83,7 +94,30 @@ class KeyedModels:
         Raises:
             KeyedModelError: There is none: "invalid_key", "unknown_model" or "model_unavailable".
         """
-        return self._cache().get(key).current()
+        return self._cache().get(key)[1].current()
+
+    def assign(self, keys: Iterable[str | int | None]) -> Iterator[tuple[list[Any], Bundle | KeyedModelError]]:
+        """Bundles, one after the other, each with the keys that it is for, or why those have none.
+
+        The keys of the default model come together, last. A batch that has been scored with one bundle before the
+        next is asked for keeps no more models in memory than there is room for.
+        """
+        cache = self._cache()
+        others: list[Any] = []
+        default: Model | None = None
+        for key in keys:
+            try:
+                name, model = cache.get(key)
+            except KeyedModelError as error:
+                yield [key], error
+                continue
+            if name == _DEFAULT:
+                default = model
+                others.append(key)
+            else:
+                yield [key], model.current()
+        if default is not None:
+            yield others, default.current()
 
     def _cache(self) -> _Cache:
         cache: _Cache | None = getattr(self, "_shared", None)
@@ -100,7 +134,7 @@ class KeyedModels:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_shared"}
 
-    def locate(self, key: str | int) -> str | None:
+    def locate(self, key: str | int | None) -> str | None:
         """The URI of a key's bundle or pointer, or None where it has none.
 
         Raises:
@@ -137,17 +171,18 @@ class _Cache:
         self._loading: dict[str, threading.Lock] = {}
         self._log_at = 0.0
 
-    def get(self, key: str | int) -> Model:
+    def get(self, key: str | int | None) -> tuple[str, Model]:
+        """The model for a key, and the key that it is kept under."""
         config = self._config
         uri = config.locate(key)
         if uri is not None:
             try:
-                return self._get(str(key), uri)
+                return str(key), self._get(str(key), uri)
             except KeyedModelError as error:
                 if error.error_type != "unknown_model" or config.default is None:
                     raise
         if config.default is not None:
-            return self._get(_DEFAULT, config.default)
+            return _DEFAULT, self._get(_DEFAULT, config.default)
         raise KeyedModelError(f"key: no model for {str(key)[:60]!r}", "unknown_model")
 
     def _get(self, key: str, uri: str) -> Model:
@@ -161,6 +196,7 @@ class _Cache:
                 model = self._known(key)
             if model is not None:
                 return model
+            start = time.perf_counter()
             try:
                 model = self._load(uri)
             except Exception as error:
@@ -168,6 +204,7 @@ class _Cache:
             with self._lock:
                 self._loading.pop(key, None)
                 evicted = self._put(key, model)
+        count_load(model.bundle, time.perf_counter() - start)
         if evicted:
             del evicted
             gc.collect()  # networks are freed by the collector alone

@@ -62,6 +62,12 @@ def model_bytes(bundle: Bundle) -> int:
     return sum(array.nbytes for array in arrays)
 
 
+def count_load(bundle: Bundle, seconds: float) -> None:
+    """Counts a model that was loaded, in the metrics of the step that is running."""
+    _load_latency.update(int(1e3 * seconds))
+    _model_bytes.update(model_bytes(bundle))
+
+
 # ---- what a pipeline is built with -----------------------------------------------------------------
 
 

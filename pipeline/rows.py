@@ -1,11 +1,11 @@
-"""Records as they come (dicts, rows, JSON, Avro, Pub/Sub messages) to Arrow tables, and scores back onto them."""
+"""Records as they come (dicts, rows, JSON, Avro, Pub/Sub messages) to Arrow columns, and scores back onto them."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import datetime
-import io
+import itertools
 import json
 import math
 import numbers
@@ -13,11 +13,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
-from operator import itemgetter, methodcaller
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,21 +26,22 @@ from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.ml.anomaly.base import AnomalyPrediction, AnomalyResult
 from apache_beam.utils.timestamp import Timestamp
 
-from pipeline.records import json_rows, parse_object, parse_objects
+from pipeline.avro import AvroReader, AvroWriter
+from pipeline.records import MAX_LINE_BYTES, json_rows, parse_object
 from vae_model.schema import ConstantFeature, Feature, NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import cast_cells, is_text
 
 INPUT_FORMATS = (None, "json", "avro")
-OUTPUTS = ("record", "json", "anomaly_result")
-_AT_ONCE = 32  # records that are read one by one where Arrow refuses one of them
+OUTPUTS = ("record", "json", "avro", "anomaly_result")
 
 
 class Fault(NamedTuple):
-    """Why a record cannot be scored."""
+    """Why a record cannot be scored, and by which model, where that is known."""
 
     column: str | None
     error_type: str
     error: str
+    model_version: str | None = None
 
 
 # ---- what is read ------------------------------------------------------------------------------
@@ -105,6 +107,13 @@ def read_column(values: Sequence[Any], reading: Reading) -> tuple[pa.Array, dict
             return pa.array(values, kind), {}
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         pass
+    if not is_text(kind) and set(map(type, values)) <= {str, _NONE}:
+        try:
+            column, misfits = cast_cells(pa.chunked_array([pa.array(values, pa.string())]), kind)
+            wrong = {row: f"expected {reading.wanted}, got {shown(values[row])}" for row in misfits.tolist()}
+            return column.combine_chunks(), wrong
+        except UnicodeEncodeError:  # half a surrogate pair is no text
+            pass
     plain = [_plain(value, reading) for value in values]
     allowed = _allowed(kind)
     column = pa.nulls(len(values), kind)
@@ -234,20 +243,31 @@ class Columns(NamedTuple):
     faults: dict[int, Fault]  # by record; its cells mean nothing
 
 
-def read_records(records: Sequence[dict[Any, Any]], wanted: Sequence[Reading]) -> Columns:
-    """The features of dicts, column by column; an absent key is a missing value."""
+def read_records(
+    records: Sequence[dict[Any, Any]], wanted: Sequence[Reading], texts: Sequence[bytes] | None = None
+) -> Columns:
+    """The features of dicts, column by column; an absent key is a missing value.
+
+    Args:
+        records: The dicts.
+        wanted: Their cells to be read.
+        texts: JSON that they were parsed from by `parse_messages`.
+    """
     names = [reading.name for reading in wanted]
-    values: Sequence[Sequence[Any]]
-    try:
-        values = list(zip(*map(itemgetter(*names), records), strict=True)) if len(names) > 1 else []
-    except KeyError:
-        values = []
+    values: list[Sequence[Any]] = []
+    if len(names) > 1:
+        try:
+            # One list, and slices of it: a tuple for each record would live until the garbage collector has seen it.
+            cells = list(itertools.chain.from_iterable(map(itemgetter(*names), records)))
+            values = [cells[place :: len(names)] for place in range(len(names))]
+        except KeyError:
+            pass
     if not values:
         values = [[record.get(name) for record in records] for name in names]
     arrays: list[pa.Array] = []
     faults: dict[int, Fault] = {}
-    for reading, cells in zip(wanted, values, strict=True):
-        array, wrong = read_column(cells, reading)
+    for reading, column in zip(wanted, values, strict=True):
+        array, wrong = read_column(column if texts is None else exact_cells(column, reading, texts), reading)
         arrays.append(array)
         for row, error in wrong.items():
             faults.setdefault(row, Fault(reading.name, "wrong_type", f"{reading.name}: {error}"))
@@ -257,74 +277,48 @@ def read_records(records: Sequence[dict[Any, Any]], wanted: Sequence[Reading]) -
     return Columns(arrays, faults)
 
 
+def exact_cells(cells: Sequence[Any], reading: Reading, texts: Sequence[bytes]) -> Sequence[Any]:
+    """Cells whose digits count, as they stand in the JSON: orjson makes floats of integers beyond 64 bits."""
+    if reading.kind == pa.float64() or float not in set(map(type, cells)):
+        return cells
+    return [
+        parse_object(text)[reading.name] if type(cell) is float and abs(cell) >= 2**63 else cell
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+
+
 def read_json(texts: Sequence[bytes], wanted: Sequence[Reading]) -> Columns:
-    """The features of JSON objects, as many at once as Arrow takes; an absent key is a missing value."""
-    names = [reading.name for reading in wanted]
-    native = pa.schema([(reading.name, _json_kind(reading.kind)) for reading in wanted])
-    parts: list[list[pa.Array]] = []
-    faults: dict[int, Fault] = {}
-
-    def read(start: int, stop: int) -> None:
-        table = _parse_all(texts[start:stop], native)
-        if table is not None:
-            arrays = []
-            for reading, column in zip(wanted, table.columns, strict=True):
-                cast, bad = cast_cells(column, reading.kind)
-                for row in bad.tolist():
-                    error = f"{reading.name}: expected {reading.wanted}, got {shown(column[row].as_py())}"
-                    faults.setdefault(start + row, Fault(reading.name, "wrong_type", error))
-                arrays.append(cast.combine_chunks())
-            for row in _empty_rows(arrays):
-                if json.loads(texts[start + row]).keys().isdisjoint(names):
-                    faults.setdefault(start + row, _stranger(names))
-            parts.append(arrays)
-        elif stop - start > _AT_ONCE:
-            size = max(-(-(stop - start) // 8), _AT_ONCE)
-            for first in range(start, stop, size):
-                read(first, min(first + size, stop))
-        else:
-            records = []
-            for row in range(start, stop):
-                record, fault = parse_message(texts[row])
-                records.append(record)
-                if fault:
-                    faults[row] = fault
-            columns = read_records(records, wanted)
-            parts.append(columns.arrays)
-            for row, fault in columns.faults.items():
-                faults.setdefault(start + row, fault)
-
-    read(0, len(texts))
-    arrays = [pa.concat_arrays(column) for column in zip(*parts, strict=True)]
-    return Columns(arrays, faults)
+    """The features of JSON objects; an absent key is a missing value."""
+    records, faults = parse_messages(texts)
+    columns = read_records(records, wanted, texts)
+    return Columns(columns.arrays, {**columns.faults, **faults})
 
 
-def _parse_all(texts: Sequence[bytes], native: pa.Schema) -> pa.Table | None:
-    """All at once, where each text is plainly one object on one line."""
-    block = b"\n".join(texts)
-    if block.count(b"\n") != len(texts) - 1 or len(block) > len(texts) * _LONG_TEXT:
-        return None
-    if not (all(map(_BEGINS, texts)) and all(map(_ENDS, texts))):
-        return None
-    table = parse_objects(block, native)
-    return table if table is not None and table.num_rows == len(texts) else None
+def parse_messages(texts: Sequence[bytes]) -> tuple[list[dict[str, Any]], dict[int, Fault]]:
+    """The objects that JSON texts hold; {} where one holds none, and why."""
+    if max(map(len, texts), default=0) <= MAX_LINE_BYTES:
+        try:
+            records = list(map(orjson.loads, texts))
+            if set(map(type, records)) <= {dict}:
+                return records, {}
+        except (ValueError, RecursionError):
+            pass
+    parsed = [_parse_message(text) for text in texts]
+    return [record for record, _ in parsed], {row: fault for row, (_, fault) in enumerate(parsed) if fault}
 
 
-_LONG_TEXT = 1 << 20  # bytes on average, from which on texts are read one by one
-_BEGINS, _ENDS = methodcaller("startswith", b"{"), methodcaller("endswith", b"}")
-
-
-def parse_message(text: bytes) -> tuple[dict[str, Any], Fault | None]:
-    """The object that a JSON text holds, or {} and why it holds none."""
+def _parse_message(text: bytes) -> tuple[dict[str, Any], Fault | None]:
+    if len(text) <= MAX_LINE_BYTES:
+        try:
+            record = orjson.loads(text)
+            if type(record) is dict:
+                return record, None
+        except (ValueError, RecursionError):  # it may be what Python takes: NaN, infinity, numbers out of range
+            pass
     try:
         return parse_object(text), None
     except (ValueError, RecursionError) as error:
         return {}, Fault(None, "malformed_record", f"expected a JSON object, got {error}")
-
-
-def _json_kind(kind: pa.DataType) -> pa.DataType:
-    """What Arrow's JSON reader is to read: times and decimals are text there."""
-    return pa.string() if pa.types.is_temporal(kind) or pa.types.is_decimal(kind) else kind
 
 
 def _empty_rows(arrays: list[pa.Array]) -> list[int]:
@@ -345,25 +339,21 @@ def _stranger(names: list[str]) -> Fault:
 # ---- forms of elements -------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class Form:
-    """Elements of one Python type: how they become records, what they become with scores.
+    """Elements of one Python type: what they hold, and what they become with scores.
 
     Args:
-        to_record: An element's dict, raising where it has none; or
-        to_text: its JSON as bytes.
-        finish: What a record with scores becomes; for texts, their scored JSON.
+        kind: What `content` gives: a "record" (a dict), or the bytes of a "json" or "avro" record.
+        content: Of an element.
+        finish: An element, and its scored record (or bytes of JSON or Avro), to what comes out.
         is_row: Whether that is a `beam.Row`.
     """
 
-    def __init__(
-        self,
-        *,
-        to_record: Callable[[Any], dict[Any, Any]] | None = None,
-        to_text: Callable[[Any], bytes] | None = None,
-        finish: Callable[[Any, Any], Any],
-        is_row: bool = False,
-    ) -> None:
-        self.to_record, self.to_text, self.finish, self.is_row = to_record, to_text, finish, is_row
+    kind: str
+    content: Callable[[Any], Any]
+    finish: Callable[[Any, Any], Any]
+    is_row: bool = False
 
 
 def _encoded(text: str) -> bytes:
@@ -382,93 +372,90 @@ def _row(_: Any, record: dict[str, Any]) -> beam.Row:
     return beam.Row(**record)
 
 
-def form_of(kind: type, avro: AvroReader | None) -> Form | None:
-    """How elements of a type are read and written, or None where they are no records."""
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _scored(_: Any, record: Any) -> Any:
+    return record
+
+
+def form_of(kind: type, avro: bool) -> Form | None:
+    """How elements of a type are read and written, or None where they are no records.
+
+    Args:
+        kind: The type.
+        avro: Whether bytes and messages hold Avro, not JSON.
+    """
     if kind is dict:
-        return Form(to_record=lambda element: element, finish=lambda _, record: record)
+        return Form("record", _itself, _scored)
     if issubclass(kind, beam.Row):
-        return Form(to_record=vars, finish=_row, is_row=True)
+        return Form("record", vars, _row, is_row=True)
     if issubclass(kind, tuple) and hasattr(kind, "_asdict"):
-        return Form(to_record=lambda element: element._asdict(), finish=_row, is_row=True)
+        return Form("record", lambda element: element._asdict(), _row, is_row=True)
     if dataclasses.is_dataclass(kind):
-        return Form(to_record=vars, finish=_row, is_row=True)
+        return Form("record", vars, _row, is_row=True)
     if issubclass(kind, Mapping):
-        return Form(to_record=dict, finish=lambda _, record: record)
+        return Form("record", dict, _scored)
     if issubclass(kind, PubsubMessage):
         if avro:
-            return Form(
-                to_record=lambda element: avro.read(_data(element)),
-                finish=lambda element, record: _with_data(element, json_text(record).encode()),
-            )
-        return Form(to_text=_data, finish=_with_data)
+            return Form("avro", _data, _with_scored)
+        return Form("json", _data, _with_data)
     if issubclass(kind, bytes | bytearray):
-        if avro:
-            return Form(to_record=lambda element: avro.read(bytes(element)), finish=lambda _, record: record)
-        return Form(to_text=bytes, finish=lambda _, text: text)
+        return Form("avro" if avro else "json", bytes, _scored)
     if issubclass(kind, str) and not avro:
-        return Form(to_text=_encoded, finish=lambda _, text: text.decode())
+        return Form("json", _encoded, lambda _, text: text.decode())
     return None
 
 
-def read_elements(form: Form, elements: Sequence[Any], wanted: Sequence[Reading]) -> tuple[list[Any], Columns]:
-    """The elements' dicts or texts, and their features; an element that has none has an empty one, and a fault."""
-    records, faults = _records(form, elements)
-    columns = (read_json if form.to_text else read_records)(records, wanted)
-    return records, Columns(columns.arrays, {**columns.faults, **faults})
+def _with_scored(message: PubsubMessage, scored: Any) -> PubsubMessage:
+    return _with_data(message, scored if isinstance(scored, bytes) else json_text(scored).encode())
 
 
-def _records(form: Form, elements: Sequence[Any]) -> tuple[list[Any], dict[int, Fault]]:
-    read = form.to_text or form.to_record
-    assert read is not None
+class Batch(NamedTuple):
+    """Elements of one form, and what they hold."""
+
+    form: Form
+    elements: Sequence[Any]
+    contents: Sequence[Any]  # dicts, or bytes of JSON or Avro
+    records: Sequence[dict[Any, Any]]
+
+    @property
+    def texts(self) -> Sequence[bytes] | None:
+        """The JSON, where it is that."""
+        return self.contents if self.form.kind == "json" else None
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some of them."""
+        return Batch(self.form, *([column[row] for row in rows] for column in self[1:]))
+
+
+def read_batch(form: Form, elements: Sequence[Any], avro: AvroReader | None) -> tuple[Batch, dict[int, Fault]]:
+    """The elements with their records; one that has none has {}, and a fault."""
+    contents, faults = _read_each(form.content, elements)
+    records: Sequence[dict[Any, Any]] = contents
+    if form.kind == "json":
+        records, faults = parse_messages(contents)
+    elif form.kind == "avro":
+        assert avro is not None
+        records, faults = _read_each(avro.read, contents)
+    return Batch(form, elements, contents, records), faults
+
+
+def _read_each(read: Callable[[Any], Any], sources: Sequence[Any]) -> tuple[list[Any], dict[int, Fault]]:
     try:
-        return list(map(read, elements)), {}
+        return list(map(read, sources)), {}
     except ValueError:
         pass
-    records: list[Any] = []
+    found: list[Any] = []
     faults: dict[int, Fault] = {}
-    for row, element in enumerate(elements):
+    for row, source in enumerate(sources):
         try:
-            records.append(read(element))
+            found.append(read(source))
         except ValueError as error:
-            records.append({})
+            found.append({})
             faults[row] = Fault(None, "malformed_record", str(error))
-    return records, faults
-
-
-class AvroReader:
-    """Binary Avro records of one schema, each with or without the single-object header."""
-
-    def __init__(self, schema: Any) -> None:
-        import fastavro
-
-        self.source = json.loads(schema) if isinstance(schema, str) else schema
-        self._schema = fastavro.parse_schema(self.source)
-        canonical = fastavro.schema.to_parsing_canonical_form(self._schema)
-        self._header = b"\xc3\x01" + bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AvroReader, (self.source,)
-
-    def read(self, content: bytes) -> dict[str, Any]:
-        """One record.
-
-        Raises:
-            ValueError: The bytes hold no such record, or more than one.
-        """
-        import fastavro
-
-        stream = io.BytesIO(content)
-        if content.startswith(self._header):
-            stream.seek(len(self._header))
-        try:
-            record = fastavro.schemaless_reader(stream, self._schema, None)
-        except Exception as error:  # it raises whatever the bytes lead to
-            raise ValueError(f"expected an Avro record of the schema, got {len(content)} other bytes") from error
-        if not isinstance(record, dict) or stream.read(1):
-            raise ValueError(
-                f"expected one Avro record of the schema, got {len(content)} bytes that hold something else"
-            )
-        return record
+    return found, faults
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -545,49 +532,47 @@ class Writer:
         output: See `ScoreRecords`.
         columns: See there.
         prefix: See there.
+        avro: Writes Avro, for that output.
     """
 
     output: str = "record"
     columns: tuple[str, ...] | None = None
     prefix: str = ""
+    avro: AvroWriter | None = None
 
-    def write(self, form: Form, elements: list[Any], records: list[Any], scores: pa.Table, limit: float) -> list[Any]:
+    def write(self, batch: Batch, scores: pa.Table, limit: float) -> list[Any]:
         """What each element becomes, or a `Fault`.
 
         Args:
-            form: Of the elements.
-            elements: As they came.
-            records: Their dicts or JSON texts.
+            batch: The elements.
             scores: The score columns, one line per element.
             limit: The threshold in force, in nats.
         """
-        if form.to_text and self.output != "anomaly_result":
-            texts = self._scored_texts(records, scores)
-            if self.output == "json":
-                return texts
-            return [
-                text if type(text) is Fault else form.finish(element, text)
-                for element, text in zip(elements, texts, strict=True)
-            ]
-        if form.to_text:
-            records = [parse_object(text) for text in records]
-        if self.output == "anomaly_result":
-            return self._results(records, scores, limit)
-        scored = self._scored_records(records, scores, form.is_row and self.output == "record")
+        form, output = batch.form, self.output
+        if output == "anomaly_result":
+            return self._results(_exact(batch), scores, limit)
+        if output == "avro":
+            scored = self._scored_avro(batch, scores)
+        elif form.kind == "json":
+            scored = self._scored_texts(batch, scores)
+        else:
+            scored = self._scored_records(batch.records, scores, form.is_row and output == "record")
+            if output == "json":
+                scored = [one if type(one) is Fault else json_text(one).encode() for one in scored]
+        if output == "json" or form.finish is _scored:
+            return scored
         finish: Callable[[Any, Any], Any] = form.finish
-        if self.output == "json":
-            finish = lambda _, record: json_text(record).encode()  # noqa: E731
         return [
-            record if type(record) is Fault else finish(element, record)
-            for element, record in zip(elements, scored, strict=True)
+            one if type(one) is Fault else finish(element, one)
+            for element, one in zip(batch.elements, scored, strict=True)
         ]
 
-    def _kept(self, records: list[Any]) -> list[Any]:
+    def _kept(self, records: Sequence[Any]) -> Sequence[Any]:
         if self.columns is None:
             return records
         return [{name: record.get(name) for name in self.columns} for record in records]
 
-    def _scored_records(self, records: list[Any], scores: pa.Table, as_rows: bool) -> list[Any]:
+    def _scored_records(self, records: Sequence[Any], scores: pa.Table, as_rows: bool) -> list[Any]:
         names, columns = scores.column_names, [column.to_pylist() for column in scores.columns]
         if as_rows and len(names) > 4:  # a row holds no dicts
             place = names.index(f"{self.prefix}anomaly_reasons")
@@ -610,29 +595,34 @@ class Writer:
             for old, new in zip(records, scored, strict=True)
         ]
 
-    def _scored_texts(self, texts: list[bytes], scores: pa.Table) -> list[Any]:
-        added = json_rows(scores).to_pylist()
+    def _scored_texts(self, batch: Batch, scores: pa.Table) -> list[Any]:
+        # One kept object has a column that the model reads or was asked for, so a comma has something before it.
+        lead = "," if self.columns is None or self.columns else "{"
+        tails = pc.binary_replace_slice(json_rows(scores).cast(pa.binary()), 0, 1, lead).to_pylist()
         if self.columns is not None:
             if not self.columns:
-                return [more.encode() for more in added]
-            kept = self._kept([parse_object(text) for text in texts])
-            texts = [json.dumps(record, ensure_ascii=False).encode() for record in kept]
-        if not all(map(_ENDS, texts)):
-            texts = [text.rstrip() for text in texts]
-        # The object has a column that the model reads, and so a comma has something before it.
-        tails = [f",{more[1:]}".encode() for more in added]
+                return tails
+            kept = self._kept(_exact(batch))
+            texts = [json_text(record).encode() for record in kept]
+        else:
+            texts = [text if text.endswith(b"}") else text.rstrip() for text in batch.contents]
         scored: list[Any] = [text[:-1] + tail for text, tail in zip(texts, tails, strict=True)]
-        block = b"\n".join(texts)
-        # Two searches, for they take as long as the splicing.
-        possible = scores.column_names if b"anomaly" in block or b"model_version" in block else []
-        clash = [name for name in possible if name.encode() in block]
-        if clash:
-            for row, text in enumerate(texts):
-                if any(name.encode() in text for name in clash):
-                    found = parse_object(text)
-                    if any(name in found for name in clash):
-                        scored[row] = self._clash(found, clash)
+        if self.columns is None:
+            for name in scores.column_names:
+                for row, record in enumerate(batch.records):
+                    if name in record:
+                        scored[row] = self._clash(record, scores.column_names)
         return scored
+
+    def _scored_avro(self, batch: Batch, scores: pa.Table) -> list[Any]:
+        write = self.avro.write  # type: ignore[union-attr]
+        if batch.form.kind != "avro":
+            error = 'expected an Avro record, as output="avro" needs it, got another'
+            return [Fault(None, "not_a_record", error)] * len(batch.elements)
+        return [
+            write(content, record, added)
+            for content, record, added in zip(batch.contents, batch.records, scores.to_pylist(), strict=True)
+        ]
 
     @staticmethod
     def _clash(record: Mapping[Any, Any], names: Sequence[str]) -> Fault:
@@ -641,7 +631,7 @@ class Writer:
             name, "name_clash", f"{name}: the record has such a column already; choose a prefix for the scores"
         )
 
-    def _results(self, records: list[Any], scores: pa.Table, limit: float) -> list[Any]:
+    def _results(self, records: Sequence[Any], scores: pa.Table, limit: float) -> list[Any]:
         score, label, version = (
             scores.column(self.prefix + name).to_pylist() for name in ("anomaly_score", "is_anomaly", "model_version")
         )
@@ -662,3 +652,16 @@ class Writer:
             )
             for i, record in enumerate(self._kept(records))
         ]
+
+
+def _exact(batch: Batch) -> Sequence[dict[Any, Any]]:
+    """The records; those of JSON with whole numbers of any size."""
+    if batch.texts is None:
+        return batch.records
+    records = []
+    for text, record in zip(batch.texts, batch.records, strict=True):
+        try:
+            records.append(parse_object(text))
+        except RecursionError:  # orjson goes deeper
+            records.append(record)
+    return records

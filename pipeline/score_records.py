@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from apache_beam.transforms.userstate import (
     TimerSpec,
     on_timer,
 )
+from apache_beam.typehints import typehints
 from apache_beam.typehints.row_type import RowTypeConstraint
 from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import (
@@ -35,21 +36,26 @@ from apache_beam.utils.windowed_value import (
     create as windowed_value,
 )
 
+from pipeline.avro import AvroReader, AvroWriter
+from pipeline.keyed_models import KeyedModelError, KeyedModels
 from pipeline.letters import Letters
 from pipeline.metrics import ScoringMetrics
-from pipeline.models import Launched, ModelSource, launch
+from pipeline.models import Launched, Model, ModelSource, launch
 from pipeline.records import record_letters
 from pipeline.rows import (
     INPUT_FORMATS,
     OUTPUTS,
-    AvroReader,
-    Columns,
+    Batch,
     Fault,
     Form,
+    Reading,
     Writer,
+    exact_cells,
     form_of,
     payload,
-    read_elements,
+    read_batch,
+    read_column,
+    read_records,
     readings,
     shown,
 )
@@ -70,7 +76,8 @@ class ScoredRecords(NamedTuple):
 class ScoreRecords(beam.PTransform):
     """Scores dicts, rows, JSON, Avro and Pub/Sub messages: `.scored` records, and `.dead_letters` of the others.
 
-    Each record keeps its timestamp, window and pane. Errors cost only their own record.
+    Each record keeps its timestamp, window and pane. Errors cost only their own record. A pair `(key, record)` comes
+    out as `(key, scored)`.
 
     Args:
         bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
@@ -79,14 +86,20 @@ class ScoreRecords(beam.PTransform):
         prefix: Of the score columns' names.
         columns: Input columns to keep; None keeps all, an empty list the scores alone.
         input_format: What bytes, text and messages hold: "json" (also by default) or "avro".
-        avro_schema: Of the Avro records: a dict, or JSON text.
-        output: "record", in the input's own form; "json", as bytes; or "anomaly_result", Beam's own class.
+        avro_schema: Of the Avro records: a dict, or JSON text; see `AvroReader`.
+        output: "record", in the input's own form; "json", as bytes; "avro", as bytes, or a message, of
+            `scored_avro_schema`; or "anomaly_result", Beam's own class.
         max_batch_size: Records scored at once.
         max_batch_duration_secs: How long a record may wait for others of later Beam bundles; None: not at all.
         model_refresh_secs: How often a pointer is read again; see `ScoreTables`.
+        models_by_key: In place of `bundle`: the URI of each key's bundle or pointer, or one URI with `{key}` in it,
+            where keys may be new; see `KeyedModels`.
+        default_model: Of keys that have none; without it, their records are dead letters.
+        key: Column that holds the key; by default, records come as pairs `(key, record)`.
+        max_model_bytes: Of weights and calibrations by key to keep in memory per process.
     """
 
-    bundle: str
+    bundle: str | None = None
     reasons: int = 0
     threshold: float | None = None
     prefix: str = ""
@@ -97,15 +110,29 @@ class ScoreRecords(beam.PTransform):
     max_batch_size: int = 4096
     max_batch_duration_secs: float | None = None
     model_refresh_secs: float | None = None
+    models_by_key: Mapping[str, str] | str | None = None
+    default_model: str | None = None
+    key: str | None = None
+    max_model_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         super().__init__()
+        if (self.bundle is None) == (self.models_by_key is None):
+            raise ValueError("bundle: expected the URI of one, or else models_by_key")
+        if self.models_by_key is not None:
+            if self.threshold is not None:
+                raise ValueError("threshold: expected None with models_by_key, for scores compare within one model")
+            self._keyed_models(0)
+        elif self.default_model is not None or self.key is not None:
+            raise ValueError("default_model, key: expected with models_by_key, and only then")
         if self.input_format not in INPUT_FORMATS:
             raise ValueError(f'input_format: expected "json" or "avro", got {self.input_format!r}')
         if (self.input_format == "avro") != (self.avro_schema is not None):
             raise ValueError('avro_schema: expected with input_format="avro", and only then')
         if self.output not in OUTPUTS:
             raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if self.output == "avro" and self.input_format != "avro":
+            raise ValueError('output: "avro" needs input_format="avro"')
         if self.reasons < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {self.reasons}")
         if self.max_batch_size < 1:
@@ -121,16 +148,42 @@ class ScoreRecords(beam.PTransform):
         return self
 
     @cached_property
-    def launched(self) -> Launched:
-        """The bundle as it is when the pipeline is built, read once, and where it is."""
-        return launch(self.bundle)
+    def launched(self) -> Launched | None:
+        """The bundle (or the default model) as it is when the pipeline is built, read once, and where it is."""
+        name = self.default_model if self.bundle is None else self.bundle
+        return None if name is None else launch(name)
+
+    @cached_property
+    def scored_avro_schema(self) -> Any:
+        """What output="avro" holds, behind the single-object header: a schema, or one by id, as in `avro_schema`.
+
+        Raises:
+            ValueError: See `AvroWriter`.
+        """
+        reader = AvroReader(self.avro_schema)
+        schemas = self._avro_writer(reader).schemas
+        return dict(zip(reader.ids, schemas, strict=True)) if reader.ids else schemas[0]
+
+    def _avro_writer(self, reader: AvroReader) -> AvroWriter:
+        return AvroWriter(reader, score_fields(self.reasons, self.prefix), self.columns)
+
+    def _keyed_models(self, refresh_secs: float) -> KeyedModels:
+        assert self.models_by_key is not None
+        return KeyedModels(
+            self.models_by_key, default=self.default_model, max_bytes=self.max_model_bytes, refresh_secs=refresh_secs
+        )
 
     def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
+        refresh = refresh_secs(self.model_refresh_secs, records)
+        launched = self.launched  # a default model that cannot be used is told now, too
+        avro = AvroReader(self.avro_schema) if self.input_format == "avro" else None
+        avro_writer = self._avro_writer(avro) if avro is not None and self.output == "avro" else None
         scorer = _RecordScorer(
-            self.launched.source(refresh_secs(self.model_refresh_secs, records)),
+            launched.source(refresh) if launched and self.models_by_key is None else self._keyed_models(refresh),
+            self.key,
             {"reasons": self.reasons, "threshold": self.threshold, "prefix": self.prefix},
-            Writer(self.output, None if self.columns is None else tuple(self.columns), self.prefix),
-            AvroReader(self.avro_schema) if self.input_format == "avro" else None,
+            Writer(self.output, None if self.columns is None else tuple(self.columns), self.prefix, avro_writer),
+            avro,
         )
         if self.max_batch_duration_secs is None:
             batches, do_fn = records, _ScoreInBundle(scorer, self.max_batch_size)
@@ -145,12 +198,15 @@ class ScoreRecords(beam.PTransform):
         return ScoredRecords(outputs.scored, outputs.dead_letters)
 
     def _output_type(self, element_type: Any) -> Any:
+        parts: Sequence[Any] = getattr(element_type, "tuple_types", ())
+        if isinstance(element_type, typehints.TupleConstraint) and len(parts) == 2:
+            return typehints.Tuple[parts[0], self._output_type(parts[1])]
         if self.output == "json":
             return bytes
         if self.output == "anomaly_result":
             return AnomalyResult
         if element_type in (bytes, str, PubsubMessage):
-            if self.input_format == "avro" and element_type is bytes:
+            if self.input_format == "avro" and element_type is bytes and self.output == "record":
                 return dict[str, Any]
             return element_type
         row = RowTypeConstraint.from_user_type(element_type)
@@ -167,10 +223,11 @@ class ScoreRecords(beam.PTransform):
             ValueError: Such rows cannot be scored, or lack a column that is to be kept.
         """
         fields = dict(row._fields)
-        for name in self.launched.bundle.schema.names:
-            if name not in fields:
+        launched = self.launched
+        for name in launched.bundle.schema.names if launched else ():
+            if launched and name not in fields:
                 raise ValueError(
-                    f"{self.launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
+                    f"{launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
                 )
         added = _score_types(self.reasons, self.prefix)
         for name in self.columns or ():
@@ -207,106 +264,158 @@ class _RecordScorer:
     """Scores elements of any kind: what the DoFns below share.
 
     Args:
-        source: Of the model.
+        source: Of the model, or of those by key.
+        key: Column that holds the key; None where elements are pairs.
         options: Of `Bundle.split`.
         writer: Puts scores onto records.
         avro: Reads Avro, or None where bytes are JSON.
     """
 
-    def __init__(self, source: ModelSource, options: dict[str, Any], writer: Writer, avro: AvroReader | None) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: ModelSource | KeyedModels,
+        key: str | None,
+        options: dict[str, Any],
+        writer: Writer,
+        avro: AvroReader | None,
+    ) -> None:
+        self._source, self._key = source, key
         self._options, self._writer, self._avro = options, writer, avro
         self._letters, self._metrics = Letters(), ScoringMetrics()
+        self._model: Model | None = None
         self._forms: dict[type, Form | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forms": {}}  # functions of a type are found again
 
     def setup(self) -> None:
-        """Loads the model, unless this process has it."""
+        """Loads the model, unless this process has it; models by key are loaded when their keys come."""
         start = time.perf_counter()
-        self._model = self._source.open()
-        self._use(self._model.bundle)
+        if isinstance(self._source, ModelSource):
+            self._model = self._source.open()
         # Metrics belong to a Beam bundle; there is none yet.
         self._loaded: float | None = time.perf_counter() - start
-
-    def _use(self, bundle: Bundle) -> None:
-        self._bundle, self._readings = bundle, readings(bundle.schema)
 
     def score(self, batch: list[WindowedValue]) -> Iterator[Any]:
         """Each element's outcome with the element's own timestamp, windows and pane."""
         if not batch:
             return
-        bundle = self._model.current()  # from here to the end of the batch
-        if bundle is not self._bundle:
-            self._use(bundle)
-        if self._loaded is not None:
-            self._metrics.loaded(bundle, self._loaded)
-            self._loaded = None
-        elements = [item.value for item in batch]
-        kinds = set(map(type, elements))
+        bundle = None
+        if self._model is not None:
+            bundle = self._model.current()  # from here to the end of the batch
+            if self._loaded is not None:
+                self._metrics.loaded(bundle, self._loaded)
+                self._loaded = None
         faults: dict[int, Fault] = {}
-        for kind in kinds:
-            rows = None if len(kinds) == 1 else [i for i, element in enumerate(elements) if type(element) is kind]
-            group = elements if rows is None else [elements[i] for i in rows]
-            places = range(len(batch)) if rows is None else rows
-            for place, outcome in zip(places, self._outcomes(kind, group), strict=True):
-                if type(outcome) is Fault:
-                    faults[place] = outcome
-                else:
-                    yield batch[place].with_value(outcome)
+        for row, outcome in enumerate(self._outcomes(bundle, [item.value for item in batch])):
+            if type(outcome) is Fault:
+                faults[row] = outcome
+            else:
+                yield batch[row].with_value(outcome)
         if faults:
-            yield from self._dead_letters(batch, dict(sorted(faults.items())))
+            yield from self._dead_letters(batch, faults, bundle.model_version if bundle else None)
 
-    def _outcomes(self, kind: type, elements: list[Any]) -> list[Any]:
-        """What each element of one type becomes, or its `Fault`."""
-        if kind not in self._forms:
-            self._forms[kind] = form_of(kind, self._avro)
-        form = self._forms[kind]
-        if form is None:
-            error = "expected a record (dict, row, JSON or message), got "
-            return [Fault(None, "not_a_record", error + shown(element)) for element in elements]
-        records, columns = read_elements(form, elements, self._readings)
-        return self._scored(form, elements, records, columns)
+    def _outcomes(self, bundle: Bundle | None, elements: list[Any]) -> list[Any]:
+        """What each element becomes, or its `Fault`."""
+        kinds = list(map(type, elements))
+        if tuple in kinds:
+            pairs = list(map(_is_pair, elements))
+            keys = [element[0] if pair else None for element, pair in zip(elements, pairs, strict=True)]
+            records = [element[1] if pair else element for element, pair in zip(elements, pairs, strict=True)]
+            outcomes = self._by_kind(bundle, list(map(type, records)), records, keys)
+            return [
+                (key, outcome) if pair and type(outcome) is not Fault else outcome
+                for pair, key, outcome in zip(pairs, keys, outcomes, strict=True)
+            ]
+        return self._by_kind(bundle, kinds, elements, None)
 
-    def _scored(self, form: Form, elements: list[Any], records: list[Any], columns: Columns) -> list[Any]:
-        bundle, prefix = self._bundle, self._options["prefix"]
-        table = pa.Table.from_arrays(columns.arrays, [reading.name for reading in self._readings])
-        outcomes: list[Any] = [columns.faults.get(row) for row in range(len(elements))] if columns.faults else []
-        rows: list[int] | None = None
-        if columns.faults:
-            rows = [row for row, outcome in enumerate(outcomes) if outcome is None]
-            if not rows:
-                return outcomes
-            table = table.take(pa.array(rows))
-        start = time.perf_counter()
-        scored, rejects = bundle.split(table, **self._options)
-        self._metrics.batch(table, scored, prefix, time.perf_counter() - start)
-        if len(rejects):
-            rows = list(range(len(elements))) if rows is None else rows
-            outcomes = outcomes or [None] * len(elements)
-            for row, *why in zip(*rejects.table().to_pydict().values(), strict=True):
-                outcomes[rows[row]] = Fault(*why)
-            rows = [row for row, keep in zip(rows, rejects.keep.tolist(), strict=True) if keep]
-        scores = scored.select([field.name for field in score_fields(self._options["reasons"], prefix)])
-        threshold = self._options["threshold"]
-        limit = float(np.float32(bundle.threshold.value if threshold is None else threshold))
-        if rows is None:
-            return self._writer.write(form, elements, records, scores, limit)
-        chosen = [elements[row] for row in rows], [records[row] for row in rows]
-        for row, outcome in zip(rows, self._writer.write(form, *chosen, scores, limit), strict=True):
-            outcomes[row] = outcome
+    def _by_kind(
+        self, bundle: Bundle | None, kinds: list[type], records: list[Any], keys: list[Any] | None
+    ) -> list[Any]:
+        def outcomes_of(kind: type, rows: Sequence[int]) -> list[Any]:
+            if kind not in self._forms:
+                self._forms[kind] = form_of(kind, self._avro is not None)
+            form, own = self._forms[kind], records if len(rows) == len(records) else [records[row] for row in rows]
+            if form is None:
+                error = "expected a record (dict, row, JSON or message), got "
+                return [Fault(None, "not_a_record", error + shown(record)) for record in own]
+            batch, faults = read_batch(form, own, self._avro)
+            if bundle is not None:
+                return self._scored(bundle, batch, faults)
+            return self._scored_by_key(batch, faults, keys and [keys[row] for row in rows])
+
+        return _each(kinds, outcomes_of)
+
+    def _scored_by_key(self, batch: Batch, faults: dict[int, Fault], keys: list[Any] | None) -> list[Any]:
+        """Outcomes of records with models of their keys, of which one at a time is in use."""
+        assert isinstance(self._source, KeyedModels)
+        reading = Reading(self._key or "key", pa.string())
+        cells: Sequence[Any] = keys or [None] * len(batch.records)
+        if self._key is not None:
+            cells = [record.get(self._key) for record in batch.records]
+            cells = exact_cells(cells, reading, batch.texts) if batch.texts is not None else cells
+        names, wrong = read_column(cells, reading)
+        outcomes: list[Any] = [faults.get(row) for row in range(len(batch.records))]
+        for row, error in wrong.items():
+            outcomes[row] = outcomes[row] or Fault(self._key, "invalid_key", f"{reading.name}: {error}")
+        rows_of: dict[str | None, list[int]] = {}
+        for row, name in enumerate(names.to_pylist()):
+            if outcomes[row] is None:
+                rows_of.setdefault(name, []).append(row)
+        for group, bundle in self._source.assign(rows_of):
+            rows = [row for name in group for row in rows_of[name]]
+            if isinstance(bundle, KeyedModelError):
+                found: list[Any] = [Fault(self._key, bundle.error_type, str(bundle))] * len(rows)
+            else:
+                found = self._scored(bundle, batch.take(rows), {})
+                version = bundle.model_version
+                found = [one._replace(model_version=version) if type(one) is Fault else one for one in found]
+            for row, outcome in zip(rows, found, strict=True):
+                outcomes[row] = outcome
         return outcomes
 
-    def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault]) -> Iterator[Any]:
+    def _scored(self, bundle: Bundle, batch: Batch, faults: dict[int, Fault]) -> list[Any]:
+        """Outcomes of records with one model."""
+        features, prefix = readings(bundle.schema), self._options["prefix"]
+        columns = read_records(batch.records, features, batch.texts)
+        faults = {**columns.faults, **faults}
+        table = pa.Table.from_arrays(columns.arrays, [reading.name for reading in features])
+        rows: Sequence[int] = range(len(batch.records))
+        if faults:
+            rows = [row for row in rows if row not in faults]
+            table = table.take(pa.array(rows, pa.int64()))
+        outcomes: list[Any] = []
+        if rows:
+            start = time.perf_counter()
+            scored, rejects = bundle.split(table, **self._options)
+            self._metrics.batch(table, scored, prefix, time.perf_counter() - start)
+            if len(rejects):
+                for row, *why in zip(*rejects.table().to_pydict().values(), strict=True):
+                    faults[rows[row]] = Fault(*why)
+                rows = [row for row, keep in zip(rows, rejects.keep.tolist(), strict=True) if keep]
+            scores = scored.select([field.name for field in score_fields(self._options["reasons"], prefix)])
+            threshold = self._options["threshold"]
+            limit = float(np.float32(bundle.threshold.value if threshold is None else threshold))
+            outcomes = self._writer.write(batch.take(rows) if faults else batch, scores, limit)
+        if not faults:
+            return outcomes
+        whole: list[Any] = [None] * len(batch.records)
+        for row, fault in faults.items():
+            whole[row] = fault
+        for row, outcome in zip(rows, outcomes, strict=True):
+            whole[row] = outcome
+        return whole
+
+    def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault], version: str | None) -> Iterator[Any]:
         elements = [batch[row].value for row in faults]
+        *reasons, own_versions = zip(*faults.values(), strict=True)
         letters = record_letters(
-            [payload(element) for element in elements],
-            list(faults.values()),
-            attributes=[element.attributes if isinstance(element, PubsubMessage) else None for element in elements],
-            event_times=[event_time(batch[row].timestamp_micros) for row in faults],
+            [payload(element[1] if _is_pair(element) else element) for element in elements],
+            list(zip(*reasons, strict=True)),
+            attributes=list(map(_attributes, elements)),
+            event_times=[_event_time(batch[row].timestamp_micros) for row in faults],
             stage="score",
-            model_version=self._bundle.model_version,
+            model_versions=[own or version for own in own_versions],
         )
         self._letters.count(letters)
         places: dict[Any, list[int]] = {}
@@ -317,6 +426,34 @@ class _RecordScorer:
         for together in places.values():
             own = letters if len(places) == 1 else letters.take(pa.array(together))
             yield beam.pvalue.TaggedOutput("dead_letters", batch[rows[together[0]]].with_value(own))
+
+
+def _each(labels: Sequence[Any], outcomes_of: Callable[[Any, Sequence[int]], list[Any]]) -> list[Any]:
+    """The outcomes of rows that are treated together where they have one label, in the rows' order."""
+    if len(set(labels)) == 1:
+        return outcomes_of(labels[0], range(len(labels)))
+    places: dict[Hashable, list[int]] = {}
+    for row, label in enumerate(labels):
+        places.setdefault(label, []).append(row)
+    outcomes: list[Any] = [None] * len(labels)
+    for label, rows in places.items():
+        for row, outcome in zip(rows, outcomes_of(label, rows), strict=True):
+            outcomes[row] = outcome
+    return outcomes
+
+
+def _is_pair(element: Any) -> bool:
+    """Whether an element is a key and a record."""
+    return type(element) is tuple and len(element) == 2
+
+
+def _attributes(element: Any) -> dict[str, str] | None:
+    """Of a message, and the key of a pair."""
+    key = {}
+    if _is_pair(element):
+        key, element = {"key": payload(element[0])[0]}, element[1]
+    own = element.attributes if isinstance(element, PubsubMessage) else None
+    return {**(own or {}), **key} if own or key else None
 
 
 _FIRST_YEAR, _LAST_YEAR = -62_135_596_800_000_000, 253_402_300_799_999_999  # 1 and 9999, in microseconds

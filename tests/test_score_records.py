@@ -820,7 +820,7 @@ def test_any_object_can_be_the_payload_of_a_letter():
     [
         ({"input_format": "xml"}, 'input_format: expected "json" or "avro"'),
         ({"input_format": "avro"}, "avro_schema: expected with"),
-        ({"output": "csv"}, "output: expected one of record, json, anomaly_result, got 'csv'"),
+        ({"output": "csv"}, "output: expected one of record, json, avro, anomaly_result, got 'csv'"),
         ({"max_batch_size": 0}, "max_batch_size: expected a number >= 1"),
         ({"max_batch_duration_secs": 0}, "max_batch_duration_secs: expected seconds > 0"),
         ({"columns": ["anomaly_score"]}, "anomaly_score: named in columns"),
