@@ -243,82 +243,104 @@ class Columns(NamedTuple):
     faults: dict[int, Fault]  # by record; its cells mean nothing
 
 
-def read_records(
-    records: Sequence[dict[Any, Any]], wanted: Sequence[Reading], texts: Sequence[bytes] | None = None
-) -> Columns:
-    """The features of dicts, column by column; an absent key is a missing value.
+def read_records(records: Sequence[dict[Any, Any]], wanted: Sequence[Reading]) -> Columns:
+    """The features of dicts, column by column; an absent key is a missing value."""
+    names = [reading.name for reading in wanted]
+    try:
+        # One list: a tuple for each record would live until the garbage collector has seen it.
+        cells = list(itertools.chain.from_iterable(map(_getter(names), records)))
+    except KeyError:
+        cells = [record.get(name) for record in records for name in names]
+    return _columns(cells, wanted, lambda row: records[row])
+
+
+def read_json(texts: Sequence[bytes], wanted: Sequence[Reading], taken: Sequence[str] = ()) -> Columns:
+    """The features of JSON objects; an absent key is a missing value.
 
     Args:
-        records: The dicts.
-        wanted: Their cells to be read.
-        texts: JSON that they were parsed from by `parse_messages`.
+        texts: One object each.
+        wanted: What is read of them.
+        taken: Names that they must not have, for scores are to be added under these.
     """
     names = [reading.name for reading in wanted]
-    values: list[Sequence[Any]] = []
-    if len(names) > 1:
-        try:
-            # One list, and slices of it: a tuple for each record would live until the garbage collector has seen it.
-            cells = list(itertools.chain.from_iterable(map(itemgetter(*names), records)))
-            values = [cells[place :: len(names)] for place in range(len(names))]
-        except KeyError:
-            pass
-    if not values:
-        values = [[record.get(name) for record in records] for name in names]
-    arrays: list[pa.Array] = []
+    get = _getter(names)
+    loads = orjson.loads if max(map(len, texts), default=0) <= MAX_LINE_BYTES else _loads
+    cells: list[Any] = []
     faults: dict[int, Fault] = {}
-    for reading, column in zip(wanted, values, strict=True):
-        array, wrong = read_column(column if texts is None else exact_cells(column, reading, texts), reading)
-        arrays.append(array)
-        for row, error in wrong.items():
-            faults.setdefault(row, Fault(reading.name, "wrong_type", f"{reading.name}: {error}"))
-    for row in _empty_rows(arrays):
-        if records[row].keys().isdisjoint(names):
-            faults.setdefault(row, _stranger(names))
-    return Columns(arrays, faults)
-
-
-def exact_cells(cells: Sequence[Any], reading: Reading, texts: Sequence[bytes]) -> Sequence[Any]:
-    """Cells whose digits count, as they stand in the JSON: orjson makes floats of integers beyond 64 bits."""
-    if reading.kind == pa.float64() or float not in set(map(type, cells)):
-        return cells
-    return [
-        parse_object(text)[reading.name] if type(cell) is float and abs(cell) >= 2**63 else cell
-        for cell, text in zip(cells, texts, strict=True)
-    ]
-
-
-def read_json(texts: Sequence[bytes], wanted: Sequence[Reading]) -> Columns:
-    """The features of JSON objects; an absent key is a missing value."""
-    records, faults = parse_messages(texts)
-    columns = read_records(records, wanted, texts)
+    for row, text in enumerate(texts):
+        try:
+            record = loads(text)
+            cells += get(record)
+        except (KeyError, TypeError, ValueError, RecursionError):
+            record, fault = _parse_message(text)
+            cells += map(record.get, names)
+            if fault:
+                faults[row] = fault
+        # Now, for no record is kept: so many at once keep the garbage collector busy.
+        if not record.keys().isdisjoint(taken):
+            faults[row] = name_clash(record, taken)
+    columns = _columns(cells, wanted, lambda row: _parse_message(texts[row])[0], texts)
     return Columns(columns.arrays, {**columns.faults, **faults})
 
 
-def parse_messages(texts: Sequence[bytes]) -> tuple[list[dict[str, Any]], dict[int, Fault]]:
-    """The objects that JSON texts hold; {} where one holds none, and why."""
-    if max(map(len, texts), default=0) <= MAX_LINE_BYTES:
-        try:
-            records = list(map(orjson.loads, texts))
-            if set(map(type, records)) <= {dict}:
-                return records, {}
-        except (ValueError, RecursionError):
-            pass
-    parsed = [_parse_message(text) for text in texts]
-    return [record for record, _ in parsed], {row: fault for row, (_, fault) in enumerate(parsed) if fault}
+def _getter(names: list[str]) -> Callable[[dict[Any, Any]], Sequence[Any]]:
+    if len(names) == 1:
+        return lambda record: (record[names[0]],)
+    return itemgetter(*names)
+
+
+def _columns(
+    cells: list[Any],
+    wanted: Sequence[Reading],
+    record_at: Callable[[int], dict[Any, Any]],
+    texts: Sequence[bytes] | None = None,
+) -> Columns:
+    """Cells, record after record, as columns."""
+    arrays: list[pa.Array] = []
+    faults: dict[int, Fault] = {}
+    for place, reading in enumerate(wanted):
+        values = cells[place :: len(wanted)]
+        if texts is not None and reading.kind != pa.float64() and float in set(map(type, values)):
+            # orjson makes floats of integers beyond 64 bits; here their digits count.
+            values = [
+                parse_object(text)[reading.name] if type(value) is float and abs(value) >= 2**63 else value
+                for value, text in zip(values, texts, strict=True)
+            ]
+        array, wrong = read_column(values, reading)
+        arrays.append(array)
+        for row, error in wrong.items():
+            faults.setdefault(row, Fault(reading.name, "wrong_type", f"{reading.name}: {error}"))
+    names = [reading.name for reading in wanted]
+    for row in _empty_rows(arrays):
+        if record_at(row).keys().isdisjoint(names):
+            error = f"{names[0]}: the record has no column that the model reads"
+            faults.setdefault(row, Fault(names[0], "missing_column", error))
+    return Columns(arrays, faults)
+
+
+def _loads(text: bytes) -> Any:
+    if len(text) > MAX_LINE_BYTES:
+        raise ValueError("too long")  # as `parse_object` says in more words
+    return orjson.loads(text)
 
 
 def _parse_message(text: bytes) -> tuple[dict[str, Any], Fault | None]:
-    if len(text) <= MAX_LINE_BYTES:
-        try:
-            record = orjson.loads(text)
-            if type(record) is dict:
-                return record, None
-        except (ValueError, RecursionError):  # it may be what Python takes: NaN, infinity, numbers out of range
-            pass
+    try:
+        record = _loads(text)
+        if type(record) is dict:
+            return record, None
+    except (ValueError, RecursionError):  # it may be what Python takes: NaN, infinity, numbers out of range
+        pass
     try:
         return parse_object(text), None
     except (ValueError, RecursionError) as error:
         return {}, Fault(None, "malformed_record", f"expected a JSON object, got {error}")
+
+
+def name_clash(record: Mapping[Any, Any], taken: Sequence[str]) -> Fault:
+    """Of a record that has a column where a score is to be."""
+    name = next(name for name in taken if name in record)
+    return Fault(name, "name_clash", f"{name}: the record has such a column already; choose a prefix for the scores")
 
 
 def _empty_rows(arrays: list[pa.Array]) -> list[int]:
@@ -330,10 +352,6 @@ def _empty_rows(arrays: list[pa.Array]) -> list[int]:
         null = array.is_null().to_numpy(zero_copy_only=False)
         empty = null if empty is None else empty & null
     return [] if empty is None else np.flatnonzero(empty).tolist()
-
-
-def _stranger(names: list[str]) -> Fault:
-    return Fault(names[0], "missing_column", f"{names[0]}: the record has no column that the model reads")
 
 
 # ---- forms of elements -------------------------------------------------------------------------
@@ -413,30 +431,36 @@ def _with_scored(message: PubsubMessage, scored: Any) -> PubsubMessage:
 
 
 class Batch(NamedTuple):
-    """Elements of one form, and what they hold."""
+    """Elements of one form, and what they hold.
+
+    Args:
+        form: Of all.
+        elements: As they came.
+        contents: Dicts, or bytes of JSON or Avro.
+        records: Dicts; for JSON, which is read column by column, the texts again.
+    """
 
     form: Form
     elements: Sequence[Any]
-    contents: Sequence[Any]  # dicts, or bytes of JSON or Avro
-    records: Sequence[dict[Any, Any]]
-
-    @property
-    def texts(self) -> Sequence[bytes] | None:
-        """The JSON, where it is that."""
-        return self.contents if self.form.kind == "json" else None
+    contents: Sequence[Any]
+    records: Sequence[Any]
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Some of them."""
         return Batch(self.form, *([column[row] for row in rows] for column in self[1:]))
 
+    def read(self, wanted: Sequence[Reading], taken: Sequence[str] = ()) -> Columns:
+        """Their features; see `read_json`."""
+        if self.form.kind == "json":
+            return read_json(self.contents, wanted, taken)
+        return read_records(self.records, wanted)
+
 
 def read_batch(form: Form, elements: Sequence[Any], avro: AvroReader | None) -> tuple[Batch, dict[int, Fault]]:
     """The elements with their records; one that has none has {}, and a fault."""
     contents, faults = _read_each(form.content, elements)
-    records: Sequence[dict[Any, Any]] = contents
-    if form.kind == "json":
-        records, faults = parse_messages(contents)
-    elif form.kind == "avro":
+    records: Sequence[Any] = contents
+    if form.kind == "avro":
         assert avro is not None
         records, faults = _read_each(avro.read, contents)
     return Batch(form, elements, contents, records), faults
@@ -591,7 +615,7 @@ class Writer:
             ]
         size = len(names)
         return [
-            new if len(new) == len(old) + size else self._clash(old, names)
+            new if len(new) == len(old) + size else name_clash(old, names)
             for old, new in zip(records, scored, strict=True)
         ]
 
@@ -607,11 +631,6 @@ class Writer:
         else:
             texts = [text if text.endswith(b"}") else text.rstrip() for text in batch.contents]
         scored: list[Any] = [text[:-1] + tail for text, tail in zip(texts, tails, strict=True)]
-        if self.columns is None:
-            for name in scores.column_names:
-                for row, record in enumerate(batch.records):
-                    if name in record:
-                        scored[row] = self._clash(record, scores.column_names)
         return scored
 
     def _scored_avro(self, batch: Batch, scores: pa.Table) -> list[Any]:
@@ -623,13 +642,6 @@ class Writer:
             write(content, record, added)
             for content, record, added in zip(batch.contents, batch.records, scores.to_pylist(), strict=True)
         ]
-
-    @staticmethod
-    def _clash(record: Mapping[Any, Any], names: Sequence[str]) -> Fault:
-        name = next(name for name in names if name in record)
-        return Fault(
-            name, "name_clash", f"{name}: the record has such a column already; choose a prefix for the scores"
-        )
 
     def _results(self, records: Sequence[Any], scores: pa.Table, limit: float) -> list[Any]:
         score, label, version = (
@@ -656,12 +668,9 @@ class Writer:
 
 def _exact(batch: Batch) -> Sequence[dict[Any, Any]]:
     """The records; those of JSON with whole numbers of any size."""
-    if batch.texts is None:
+    if batch.form.kind != "json":
         return batch.records
-    records = []
-    for text, record in zip(batch.texts, batch.records, strict=True):
-        try:
-            records.append(parse_object(text))
-        except RecursionError:  # orjson goes deeper
-            records.append(record)
-    return records
+    try:
+        return [parse_object(text) for text in batch.contents]
+    except RecursionError:  # orjson goes deeper
+        return [_parse_message(text)[0] for text in batch.contents]

@@ -50,12 +50,10 @@ from pipeline.rows import (
     Form,
     Reading,
     Writer,
-    exact_cells,
     form_of,
     payload,
     read_batch,
     read_column,
-    read_records,
     readings,
     shown,
 )
@@ -350,14 +348,16 @@ class _RecordScorer:
         """Outcomes of records with models of their keys, of which one at a time is in use."""
         assert isinstance(self._source, KeyedModels)
         reading = Reading(self._key or "key", pa.string())
-        cells: Sequence[Any] = keys or [None] * len(batch.records)
-        if self._key is not None:
-            cells = [record.get(self._key) for record in batch.records]
-            cells = exact_cells(cells, reading, batch.texts) if batch.texts is not None else cells
-        names, wrong = read_column(cells, reading)
-        outcomes: list[Any] = [faults.get(row) for row in range(len(batch.records))]
-        for row, error in wrong.items():
-            outcomes[row] = outcomes[row] or Fault(self._key, "invalid_key", f"{reading.name}: {error}")
+        if self._key is None:
+            names, wrong = read_column(keys or [None] * len(batch.elements), reading)
+            faults = {row: Fault(None, "invalid_key", f"key: {error}") for row, error in wrong.items()} | faults
+        else:
+            columns = batch.read([reading])
+            (names,) = columns.arrays
+            faults = {
+                row: fault for row, fault in columns.faults.items() if fault.error_type != "missing_column"
+            } | faults
+        outcomes: list[Any] = [faults.get(row) for row in range(len(batch.elements))]
         rows_of: dict[str | None, list[int]] = {}
         for row, name in enumerate(names.to_pylist()):
             if outcomes[row] is None:
@@ -377,10 +377,11 @@ class _RecordScorer:
     def _scored(self, bundle: Bundle, batch: Batch, faults: dict[int, Fault]) -> list[Any]:
         """Outcomes of records with one model."""
         features, prefix = readings(bundle.schema), self._options["prefix"]
-        columns = read_records(batch.records, features, batch.texts)
+        added = [field.name for field in score_fields(self._options["reasons"], prefix)]
+        columns = batch.read(features, added)
         faults = {**columns.faults, **faults}
         table = pa.Table.from_arrays(columns.arrays, [reading.name for reading in features])
-        rows: Sequence[int] = range(len(batch.records))
+        rows: Sequence[int] = range(len(batch.elements))
         if faults:
             rows = [row for row in rows if row not in faults]
             table = table.take(pa.array(rows, pa.int64()))
@@ -393,13 +394,13 @@ class _RecordScorer:
                 for row, *why in zip(*rejects.table().to_pydict().values(), strict=True):
                     faults[rows[row]] = Fault(*why)
                 rows = [row for row, keep in zip(rows, rejects.keep.tolist(), strict=True) if keep]
-            scores = scored.select([field.name for field in score_fields(self._options["reasons"], prefix)])
+            scores = scored.select(added)
             threshold = self._options["threshold"]
             limit = float(np.float32(bundle.threshold.value if threshold is None else threshold))
             outcomes = self._writer.write(batch.take(rows) if faults else batch, scores, limit)
         if not faults:
             return outcomes
-        whole: list[Any] = [None] * len(batch.records)
+        whole: list[Any] = [None] * len(batch.elements)
         for row, fault in faults.items():
             whole[row] = fault
         for row, outcome in zip(rows, outcomes, strict=True):
