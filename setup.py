@@ -48,6 +48,8 @@ setup(
         # a saved bundle must score the same wherever it is loaded.
         "keras>=3.15,<4",
         "numpy>=2",
+        # JSON records. The first with wheels for Python 3.13; Beam's gcp extra stops at 4, too.
+        "orjson>=3.10.7,<4",
         # Beam's dataframe and YAML extras stop at 2.3, and its ReadFromCsv breaks on 3; 2.2.2 is the
         # first for numpy 2.
         "pandas>=2.2.2,<2.4",

@@ -137,8 +137,8 @@ class AvroWriter:
 
 
 def _scored_schema(schema: dict[str, Any], fields: Sequence[pa.Field], columns: Sequence[str] | None) -> dict[str, Any]:
-    if schema.get("type") != "record":
-        raise ValueError(f"avro_schema: expected a record, got {schema.get('type')}")
+    if not isinstance(schema, dict) or schema.get("type") != "record":
+        raise ValueError(f"avro_schema: expected that of a record, got {str(schema)[:60]}")
     own = {field["name"]: field for field in schema["fields"]}
     for name in columns or ():
         if name not in own:

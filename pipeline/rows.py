@@ -636,8 +636,8 @@ class Writer:
     def _scored_avro(self, batch: Batch, scores: pa.Table) -> list[Any]:
         write = self.avro.write  # type: ignore[union-attr]
         if batch.form.kind != "avro":
-            error = 'expected an Avro record, as output="avro" needs it, got another'
-            return [Fault(None, "not_a_record", error)] * len(batch.elements)
+            error = 'expected an Avro record, as output="avro" needs it, got a '
+            return [Fault(None, "not_a_record", error + type(element).__name__) for element in batch.elements]
         return [
             write(content, record, added)
             for content, record, added in zip(batch.contents, batch.records, scores.to_pylist(), strict=True)

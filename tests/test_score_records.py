@@ -6,10 +6,8 @@ import json
 import math
 import random
 import time
-import typing
 import uuid
 from collections import Counter, UserDict
-from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from zoneinfo import ZoneInfo
@@ -19,136 +17,37 @@ import fastavro
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
-from apache_beam.ml.anomaly.base import AnomalyResult
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
-from apache_beam.transforms import trigger
-from apache_beam.transforms.window import FixedWindows, GlobalWindows, Sessions, SlidingWindows, TimestampedValue
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from apache_beam.typehints.row_type import RowTypeConstraint
 from apache_beam.utils.timestamp import Timestamp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from record_runs import (
+    AVRO,
+    FORMS,
+    ITEM,
+    KEPT,
+    AtItsTime,
+    Keep,
+    as_avro,
+    as_item,
+    as_json,
+    ident,
+    run,
+    same_places,
+    score_of,
+)
 
-from pipeline.letters import NAMESPACE
 from pipeline.records import DEAD_LETTER_SCHEMA
 from pipeline.rows import Reading, json_text, payload, read_column, read_json, read_records, readings
 from pipeline.score_records import ScoreRecords
 
 SCORES = ["anomaly_score", "anomaly_p_value", "is_anomaly", "model_version"]
-AVRO = {
-    "type": "record",
-    "name": "Item",
-    "fields": [
-        {"name": "length", "type": "double"},
-        {"name": "weight", "type": "double"},
-        {"name": "count", "type": "long"},
-        {"name": "color", "type": "string"},
-        {"name": "size", "type": "string"},
-        {"name": "price", "type": ["null", "double"]},
-        {"name": "is_large", "type": "boolean"},
-        {"name": "seen_at", "type": {"type": "long", "logicalType": "local-timestamp-micros"}},
-        {"name": "site", "type": "string"},
-        {"name": "unit", "type": "double"},
-        {"name": "id", "type": "string"},
-    ],
-}
-
-
-class ITEM(typing.NamedTuple):
-    length: float
-    weight: float
-    count: int
-    color: str
-    size: str
-    price: float | None
-    is_large: bool
-    seen_at: str
-    site: str
-    unit: float
-    id: str
-
-
-beam.coders.registry.register_coder(ITEM, beam.coders.RowCoder)
-
-
-# ---- pipelines whose outputs are kept in this process --------------------------------------------
-
-KEPT: dict[str, list] = {}
-
-
-class Keep(beam.DoFn):
-    """Elements with their timestamps, windows and panes."""
-
-    def __init__(self, key):
-        self._key = key
-
-    def process(self, element, item=beam.DoFn.WindowedValueParam):
-        KEPT[self._key].append(item.with_value(element))
-        return ()
-
-
-class Outcome(typing.NamedTuple):
-    given: list  # as they entered ScoreRecords
-    scored: list
-    letters: list
-    counters: dict[str, int]
-    batch_sizes: typing.Any
-
-    def values(self):
-        return [item.value for item in self.scored]
-
-    def reasons(self):
-        return [letter for item in self.letters for letter in item.value.to_pylist()]
-
-
-def run(source, transform, runner="FnApiRunner", prepare=None, **options) -> Outcome:
-    """Runs a source (elements, or a transform of a pipeline) into ScoreRecords."""
-    keys = {name: uuid.uuid4().hex for name in ("given", "scored", "letters")}
-    KEPT.update({key: [] for key in keys.values()})
-    pipeline = beam.Pipeline(runner=runner, options=PipelineOptions([], **options))
-    if isinstance(source, list):
-        source = beam.Create(source, reshuffle=False)
-    records = pipeline | source
-    if prepare is not None:
-        records = records | "Prepare" >> prepare
-    results = records | transform
-    for name, output in {"given": records, "scored": results.scored, "letters": results.dead_letters}.items():
-        output | name >> beam.ParDo(Keep(keys[name]))
-    result = pipeline.run()
-    result.wait_until_finish()
-    counters: Counter = Counter()
-    sizes = None
-    metrics = result.metrics().query()
-    for counter in metrics["counters"]:
-        if counter.key.metric.namespace == NAMESPACE:
-            counters[counter.key.metric.name] += counter.committed
-    for item in metrics["distributions"]:
-        if item.key.metric.name == "inference_request_batch_size":
-            sizes = item.committed
-    return Outcome(*(KEPT.pop(keys[name]) for name in ("given", "scored", "letters")), counters, sizes)
-
-
-def ident(value):
-    """The id of a record in any form."""
-    if isinstance(value, AnomalyResult):
-        value = value.example
-    if isinstance(value, PubsubMessage):
-        value = value.data
-    if isinstance(value, bytes | str):
-        value = json.loads(value)
-    return value["id"] if isinstance(value, Mapping) else value.id
-
-
-def score_of(value):
-    if isinstance(value, AnomalyResult):
-        return value.predictions[0].score
-    if isinstance(value, PubsubMessage):
-        value = value.data
-    if isinstance(value, bytes | str):
-        value = json.loads(value)
-    return value["anomaly_score"] if isinstance(value, Mapping) else value.anomaly_score
 
 
 @pytest.fixture(scope="module")
@@ -171,31 +70,6 @@ def expected(table, bundle):
         name: (score, 1e-4 * (1 + term))
         for name, score, term in zip(table["id"].to_pylist(), scores, terms, strict=True)
     }
-
-
-def as_json(record) -> bytes:
-    return json.dumps(record, default=lambda value: value.isoformat()).encode()
-
-
-def as_avro(record) -> bytes:
-    stream = io.BytesIO()
-    fastavro.schemaless_writer(stream, AVRO, record)
-    return stream.getvalue()
-
-
-def as_item(record):
-    return ITEM(**{**record, "seen_at": record["seen_at"].isoformat()})
-
-
-FORMS = {
-    "dict": dict,
-    "json": as_json,
-    "text": lambda record: as_json(record).decode(),
-    "row": lambda record: beam.Row(**record),
-    "named": as_item,
-    "message": lambda record: PubsubMessage(as_json(record), {"id": record["id"]}),
-    "mapping": UserDict,
-}
 
 
 # ---- the same scores, whatever the form ----------------------------------------------------------
@@ -254,6 +128,93 @@ def test_avro_scores_with_and_without_a_header(records, expected, bundle_uri):
         base64.b64decode(letter["payload"]) if letter["payload_format"] == "base64" else letter["payload"].encode()
         for letter in letters
     ) == sorted(broken)
+
+
+def test_avro_records_may_name_their_schema_by_confluents_id(table, records, bundle, bundle_uri):
+    older = {**AVRO, "fields": [field for field in AVRO["fields"] if field["name"] != "price"]}
+
+    def wire(record, schema_id, schema):
+        stream = io.BytesIO()
+        stream.write(b"\0" + schema_id.to_bytes(4, "big"))
+        fastavro.schemaless_writer(stream, schema, record)
+        return stream.getvalue()
+
+    elements = [wire(record, *((9, older) if i % 2 else (7, AVRO))) for i, record in enumerate(records[:20])]
+    wrong = [wire(records[20], 8, AVRO), as_avro(records[21]), b"", b"\0\0"]
+    score = ScoreRecords(bundle_uri, input_format="avro", avro_schema={7: AVRO, 9: json.dumps(older)})
+    outcome = run(elements + wrong, score)
+    found = {value["id"]: value["anomaly_score"] for value in outcome.values()}
+    wanted = [
+        {name: value for name, value in record.items() if name != "price" or i % 2 == 0}
+        for i, record in enumerate(records[:20])
+    ]
+    alone = bundle.score(pa.Table.from_pylist(wanted, table.schema))["anomaly_score"].to_pylist()
+    assert found == pytest.approx({f"r{i}": score for i, score in enumerate(alone)}, rel=1e-3, abs=1e-3)
+    errors = Counter(letter["error"] for letter in outcome.reasons())
+    assert errors == {
+        "expected the Avro schema id 7 or 9, got 8": 1,
+        "expected a zero and a schema id of four bytes before the Avro record, got other bytes": 3,
+    }
+
+
+@pytest.mark.parametrize("columns", [None, ["id", "price"], []], ids=["all", "some", "none"])
+def test_avro_may_leave_as_avro(columns, records, expected, bundle_uri):
+    canonical = fastavro.schema.to_parsing_canonical_form(AVRO)
+    header = b"\xc3\x01" + bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
+    elements = [as_avro(records[0]), header + as_avro(records[1]), PubsubMessage(as_avro(records[2]), {"a": "b"})]
+    elements += [("k", as_avro(records[3])), records[4]]
+    score = ScoreRecords(bundle_uri, input_format="avro", avro_schema=AVRO, output="avro", reasons=2, columns=columns)
+    outcome = run(elements, score)
+    (letter,) = outcome.reasons()
+    assert letter["error"] == 'expected an Avro record, as output="avro" needs it, got a dict'
+    schema = score.scored_avro_schema
+    mark = fastavro.schema.fingerprint(fastavro.schema.to_parsing_canonical_form(schema), "CRC-64-AVRO")
+    kinds = []
+    for value in outcome.values():
+        kinds.append(type(value))
+        value = value[1] if type(value) is tuple else value
+        value = value.data if isinstance(value, PubsubMessage) else value
+        assert value[:10] == b"\xc3\x01" + bytes.fromhex(mark)
+        stream = io.BytesIO(value[10:])
+        back = fastavro.schemaless_reader(stream, schema, None)
+        assert not stream.read()
+        (record,) = [record for record in records[:4] if abs(back["anomaly_score"] - expected[record["id"]][0]) < 1e-2]
+        kept = list(record) if columns is None else columns
+        assert list(back) == [*kept, *SCORES[:3], "anomaly_reasons", SCORES[3]]
+        assert {name: back[name] for name in kept} == {name: record[name] for name in kept}
+        assert len(back["anomaly_reasons"]) == 2
+        assert back["anomaly_reasons"][0]["nats"] > 0
+    assert kinds == [bytes, bytes, PubsubMessage, tuple]
+    if columns is None:  # readers of the old schema still read it
+        assert fastavro.schemaless_reader(io.BytesIO(value[10:]), schema, AVRO) == record
+
+
+def test_avro_schemas_that_cannot_hold_the_scores_are_refused(bundle_uri):
+    score = {"bundle": bundle_uri, "input_format": "avro", "output": "avro"}
+    taken = {**AVRO, "fields": [*AVRO["fields"], {"name": "is_anomaly", "type": "boolean"}]}
+    for options, message in [
+        ({"avro_schema": taken}, "is_anomaly: the Avro schema has such a column already; choose a prefix"),
+        ({"avro_schema": AVRO, "prefix": "x-"}, "prefix: expected letters, digits and _ for Avro"),
+        ({"avro_schema": AVRO, "columns": ["nonsense"]}, "nonsense: named in columns, but the Avro schema has only"),
+        ({"avro_schema": '["null", "long"]'}, "avro_schema: expected that of a record, got "),
+    ]:
+        records = beam.Pipeline(runner="FnApiRunner") | beam.Create([b""])
+        with pytest.raises(ValueError, match=message):
+            records | ScoreRecords(**score, **options)
+    both = ScoreRecords(**{**score, "avro_schema": {1: AVRO, 2: taken}, "prefix": "x_"}).scored_avro_schema
+    assert [len(both[key]["fields"]) for key in (1, 2)] == [15, 16]
+
+
+def test_rows_that_beam_reads_from_parquet_are_scored(table, expected, bundle_uri, tmp_path):
+    plain = table.set_column(4, "size", table["size"].cast(pa.string()))  # Beam knows no dictionaries nor times
+    plain = plain.set_column(7, "seen_at", table["seen_at"].cast(pa.string()))
+    pq.write_table(plain, tmp_path / "rows.parquet", row_group_size=300)
+    rows = beam.io.ReadFromParquet(str(tmp_path / "*.parquet"), as_rows=True)
+    outcome = run(rows, ScoreRecords(bundle_uri, columns=["id"]))
+    assert len(outcome.scored) == table.num_rows
+    assert not outcome.letters
+    for value in outcome.values():
+        assert abs(value.anomaly_score - expected[value.id][0]) <= expected[value.id][1]
 
 
 def test_rows_of_a_known_type_become_rows_of_a_known_type(records, bundle_uri):
@@ -460,106 +421,7 @@ def test_records_in_are_scored_or_dead_letters(data, bundle, bundle_uri):
     assert all(math.isfinite(value["anomaly_score"]) for value in outcome.values())
 
 
-# ---- timestamps, windows, panes ------------------------------------------------------------------
-
-
-def places(items, key=ident):
-    return sorted((key(item.value), item.timestamp.micros, tuple(item.windows), item.pane_info) for item in items)
-
-
-class AtItsTime(beam.DoFn):
-    def process(self, element):
-        record, seconds = element
-        yield TimestampedValue(record, seconds)
-
-
-WINDOWS = {
-    "global": GlobalWindows(),
-    "fixed": FixedWindows(60),
-    "sessions": Sessions(7),
-    "sliding": SlidingWindows(60, 20),
-}
-
-
-def same_places(outcome):
-    """Every element left as it came in: timestamp, windows, pane."""
-
-    def by_id(items):
-        return sorted(
-            (str(ident(item.value)), item.timestamp.micros, sorted(map(str, item.windows)), str(item.pane_info))
-            for item in items
-        )
-
-    assert by_id(outcome.scored) == by_id(outcome.given)
-
-
-@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
-def test_ten_thousand_elements_keep_their_timestamps_and_windows(windows, records, bundle_uri):
-    elements = [({**records[i % 2000], "id": i}, i * 0.251) for i in range(10_000)]
-    prepare = beam.ParDo(AtItsTime()) | beam.WindowInto(windows)
-    outcome = run(elements, ScoreRecords(bundle_uri, columns=["id"], max_batch_size=999), prepare=prepare)
-    assert len(outcome.scored) == 10_000
-    same_places(outcome)
-    assert outcome.batch_sizes.max == 999
-
-
-@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("options", [{}, {"max_batch_duration_secs": 5.0}], ids=["in bundle", "across bundles"])
-def test_elements_of_a_stream_keep_their_timestamps_and_windows(windows, options, records, bundle_uri):
-    stream = TestStream().advance_watermark_to(0).advance_processing_time(int(time.time()))
-    for start in range(0, 600, 60):
-        chunk = [TimestampedValue({**records[i], "id": i}, i * 0.251) for i in range(start, start + 60)]
-        stream = stream.add_elements(chunk).advance_processing_time(1)
-    stream = stream.advance_processing_time(600).advance_watermark_to_infinity()
-    outcome = run(
-        stream,
-        ScoreRecords(bundle_uri, max_batch_size=50, columns=["id"], **options),
-        runner="BundleBasedDirectRunner",
-        prepare=beam.WindowInto(windows),
-        streaming=True,
-    )
-    if options and isinstance(windows, SlidingWindows):  # state is kept by window: one output in each
-        given = Counter((i.value["id"], i.timestamp.micros, str(w)) for i in outcome.given for w in i.windows)
-        scored = Counter((i.value["id"], i.timestamp.micros, str(w)) for i in outcome.scored for w in i.windows)
-        assert given == scored
-    else:
-        same_places(outcome)
-    assert len({item.value["id"] for item in outcome.scored}) == 600
-
-
-@pytest.mark.parametrize("options", [{}, {"max_batch_duration_secs": 5.0}], ids=["in bundle", "across bundles"])
-def test_early_on_time_and_late_panes_stay_what_they_are(options, records, bundle_uri):
-    def item(i, seconds):
-        return TimestampedValue({**records[i], "id": i}, seconds)
-
-    stream = (
-        TestStream()
-        .advance_watermark_to(0)
-        .add_elements([item(0, 1), item(1, 2)])
-        .advance_processing_time(30)  # an early pane
-        .add_elements([item(2, 3)])
-        .advance_watermark_to(70)  # the pane on time
-        .add_elements([item(3, 4)])  # late
-        .advance_processing_time(30)
-        .advance_watermark_to_infinity()
-    )
-    prepare = (
-        beam.WindowInto(
-            FixedWindows(60),
-            trigger=trigger.AfterWatermark(early=trigger.AfterProcessingTime(10), late=trigger.AfterCount(1)),
-            accumulation_mode=trigger.AccumulationMode.DISCARDING,
-            allowed_lateness=600,
-        )
-        | beam.WithKeys(0)
-        | beam.GroupByKey()
-        | beam.FlatMap(lambda pair: pair[1])
-    )
-    outcome = run(
-        stream, ScoreRecords(bundle_uri, **options), runner="BundleBasedDirectRunner", prepare=prepare, streaming=True
-    )
-    timings = [item.pane_info.timing for item in sorted(outcome.given, key=lambda item: item.value["id"])]
-    assert timings == [0, 0, 1, 2]  # early, early, on time, late
-    same_places(outcome)
+# ---- timestamps and windows ----------------------------------------------------------------------
 
 
 def test_letters_have_the_timestamp_and_window_of_their_record(records, bundle_uri):
@@ -774,7 +636,8 @@ def test_a_cell_of_any_python_type_is_read_or_refused(reading, cell, want):
 
 def test_json_and_dicts_of_the_same_record_are_read_alike(records, bundle):
     wanted = readings(bundle.schema)
-    odd = [{"length": "5"}, {"color": 5}, {"is_large": 1}, {"count": 2.0}, {"price": "NA"}, {"color": None}]
+    odd = [{"color": 2**64}, {"color": -(2**70)}, {"color": 1e300}, {"length": 2**64}]
+    odd += [{"length": "5"}, {"color": 5}, {"is_large": 1}, {"count": 2.0}, {"price": "NA"}, {"color": None}]
     all_records = [{**records[i], **odd[i % len(odd)]} if i % 7 == 0 else records[i] for i in range(500)]
     texts = [as_json(record) for record in all_records]
     as_dicts, as_texts = read_records(all_records, wanted), read_json(texts, wanted)
@@ -782,6 +645,71 @@ def test_json_and_dicts_of_the_same_record_are_read_alike(records, bundle):
     assert not as_texts.faults
     for one, other in zip(as_dicts.arrays, as_texts.arrays, strict=True):
         assert one.equals(other)
+
+
+def test_json_is_read_as_pythons_own_parser_reads_it(bundle):
+    cells = [
+        "NaN",
+        "-Infinity",
+        "1e999",
+        "-0",
+        "-0.0",
+        "18446744073709551616",
+        "1" * 400,
+        '"\\ud800"',
+        '"\\ud83d\\ude00"',
+    ]
+    cells += [
+        '"\\u0000"',
+        "01",
+        "1.",
+        "+1",
+        "[" * 50 + "]" * 50,
+        "[" * 3000 + "]" * 3000,
+        "[" * 10**5,
+        "true",
+        '"\x01"',
+        "{}",
+    ]
+    texts = [f'{{"{name}": {cell}, "count": 1}}' for name in ("color", "length", "other") for cell in cells]
+    texts += [
+        '{"color": "a", "color": "b"}',
+        '{"\\u0063olor": "a"}',
+        '\ufeff{"color": "a"}',
+        ' {"color":"a"}\r\n',
+        "[1]",
+        '"color"',
+        "5",
+        "",
+        "{}",
+    ]
+    texts += [
+        '{"color": "a"}{"color": "b"}',
+        '{"color": "a"}\0',
+        "{'color': 'a'}",
+        '{"color": "a",}',
+        "null",
+        '{"color": "\u2028"}',
+    ]
+    wanted = readings(bundle.schema)
+    for batch in ([text.encode() for text in texts], *([text.encode()] for text in texts)):
+        columns = read_json(batch, wanted)
+        for row, text in enumerate(batch):
+            try:
+                record = json.loads(text.decode())
+                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                assert isinstance(record, dict)
+            except (ValueError, RecursionError, AssertionError):
+                record = None
+            if record is None:
+                assert columns.faults[row].error_type == "malformed_record"
+                continue
+            own = read_records([record], wanted)
+            assert columns.faults.get(row) == own.faults.get(0)
+            for array, alone in zip(columns.arrays, own.arrays, strict=True):
+                assert str(array[row]).replace("nan", "None") == str(alone[0]).replace(
+                    "nan", "None"
+                )  # both are missing
 
 
 def test_json_may_be_spread_over_lines(records, bundle):
@@ -849,3 +777,12 @@ def test_metrics_have_the_names_of_run_inference(records, bundle_uri):
     outcome = run([dict(record) for record in records[:100]], ScoreRecords(bundle_uri, threshold=-1e9))
     assert outcome.counters["num_inferences"] == outcome.counters["num_anomalies"] == 100
     assert outcome.batch_sizes.sum == 100
+
+
+def test_each_score_is_in_a_distribution(records, expected, bundle_uri):
+    elements = [dict(record) if i % 2 else as_json(record) for i, record in enumerate(records[:500])]
+    found = run(elements, ScoreRecords(bundle_uri, max_batch_size=64)).distributions["anomaly_score_milli_nats"]
+    scores = 1e3 * np.array([expected[record["id"]][0] for record in records[:500]], np.float64)
+    assert found.count == 500
+    assert found.sum == pytest.approx(scores.sum(), abs=500)
+    assert (found.min, found.max) == pytest.approx((scores.min(), scores.max()), abs=5)
