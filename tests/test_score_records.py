@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from apache_beam.typehints.row_type import RowTypeConstraint
@@ -31,9 +30,7 @@ from record_runs import (
     AVRO,
     FORMS,
     ITEM,
-    KEPT,
     AtItsTime,
-    Keep,
     as_avro,
     as_item,
     as_json,
@@ -487,23 +484,6 @@ def test_batches_across_beam_bundles_are_bounded_and_counted(records, bundle_uri
     assert (outcome.batch_sizes.sum, outcome.batch_sizes.max) == (100, 16)
     assert outcome.counters["num_inferences"] == 100
     assert outcome.batch_sizes.count <= 100 // 16 + 8  # and the rest of each shard
-
-
-def test_what_was_on_time_is_not_late_after_a_batch(records, bundle_uri):
-    # This runner does not hold the watermark for timers (Beam's own comment says so), so the clock moves first.
-    stream = trickle(records, 50).advance_watermark_to(19).advance_processing_time(60)
-    for seconds in (21, 41, 61):
-        stream = stream.advance_watermark_to(seconds)
-    stream = stream.advance_watermark_to_infinity()
-    pipeline = beam.Pipeline(runner="BundleBasedDirectRunner", options=PipelineOptions([], streaming=True))
-    key = uuid.uuid4().hex
-    KEPT[key] = []
-    rows = pipeline | stream | beam.WindowInto(FixedWindows(20))
-    scored, _ = rows | ScoreRecords(bundle_uri, max_batch_duration_secs=5)
-    counts = scored | beam.Map(lambda record: (0, record["id"])) | beam.GroupByKey()  # drops what is late
-    counts | beam.ParDo(Keep(key))
-    pipeline.run().wait_until_finish()
-    assert sorted(i for item in KEPT.pop(key) for i in item.value[1]) == list(range(50))
 
 
 # ---- retries -------------------------------------------------------------------------------------
