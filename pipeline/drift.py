@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.models import launch
-from pipeline.rows import form_of, readings
-from pipeline.scored import Fold, FoldPerWindow, bounds, is_keyed, read_elements, table_schema
+from pipeline.rows import form_of, read_elements, readings
+from pipeline.scored import Fold, FoldPerWindow, bounds, is_keyed, table_schema
 from vae_model.bundle import Bundle, BundleError, load_bundle
 from vae_model.drift import DriftReference
 
@@ -97,11 +97,11 @@ class _Source:
             if kind is pa.Table:
                 for table in values:
                     yield None, reference.count(table)
-            elif form_of(kind, None) is None:
+            elif (form := form_of(kind)) is None:
                 yield None, reference.count_unreadable(len(values))
             else:
                 wanted = readings(bundle.schema)
-                columns = read_elements(kind, values, wanted)
+                columns = read_elements(form, values, wanted)
                 rows = np.delete(np.arange(len(values)), list(columns.faults))
                 table = pa.Table.from_arrays(columns.arrays, [reading.name for reading in wanted])
                 yield None, reference.count(table.take(rows)) + reference.count_unreadable(len(columns.faults))

@@ -15,9 +15,10 @@ from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 import pipeline.coders  # noqa: F401  makes it known to Beam
+from pipeline.avro import AvroReader
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.models import REFRESH_SECS, FollowedModel, Model, ModelSource, launch
-from pipeline.rows import AvroReader, Fault, Form, form_of, read_elements, readings, shown
+from pipeline.rows import Fault, Form, form_of, read_elements, readings, shown
 from vae_model import files
 from vae_model.bundle import MANIFEST, Bundle, read_manifest, score_fields
 from vae_model.pointer import Entry, Pointer, is_pointer, read_pointer
@@ -212,7 +213,7 @@ class ServedModel:
     def score(self, elements: list[Any], reasons: int, threshold: float | None) -> Scored:
         """Scores elements of any kinds with one version."""
         bundle = self._model.current()
-        batch = _Batch(bundle, {"reasons": reasons, "threshold": threshold})
+        batch = _Batch(bundle, {"reasons": reasons, "threshold": threshold}, self._avro)
         outcomes: list[Any] = [None] * len(elements)
         for kind in dict.fromkeys(map(type, elements)):
             places = [place for place, element in enumerate(elements) if type(element) is kind]
@@ -228,15 +229,15 @@ class ServedModel:
 
     def _form(self, kind: type) -> Form | None:
         if kind not in self._forms:
-            self._forms[kind] = form_of(kind, self._avro)
+            self._forms[kind] = form_of(kind, self._avro is not None)
         return self._forms[kind]
 
 
 class _Batch:
     """Elements on their way through a bundle."""
 
-    def __init__(self, bundle: Bundle, options: dict[str, Any]) -> None:
-        self._bundle, self._options = bundle, options
+    def __init__(self, bundle: Bundle, options: dict[str, Any], avro: AvroReader | None) -> None:
+        self._bundle, self._options, self._avro = bundle, options, avro
         self._columns = [field.name for field in score_fields(options["reasons"])]
         self.faults: list[Fault] = []
         self.num_anomalies = 0
@@ -249,7 +250,7 @@ class _Batch:
             self.faults += wrong
             return wrong
         wanted = readings(self._bundle.schema)
-        _, (arrays, faults) = read_elements(form, elements, wanted)
+        arrays, faults = read_elements(form, elements, wanted, self._avro)
         table = pa.Table.from_arrays(arrays, [reading.name for reading in wanted])
         scores = self._scores(table, faults)
         lines = zip(*(column.to_pylist() for column in scores.columns), strict=True)

@@ -36,12 +36,11 @@ OUTPUTS = ("record", "json", "avro", "anomaly_result")
 
 
 class Fault(NamedTuple):
-    """Why a record cannot be scored, and by which model, where that is known."""
+    """Why a record cannot be scored."""
 
     column: str | None
     error_type: str
     error: str
-    model_version: str | None = None
 
 
 # ---- what is read ------------------------------------------------------------------------------
@@ -398,7 +397,7 @@ def _scored(_: Any, record: Any) -> Any:
     return record
 
 
-def form_of(kind: type, avro: bool) -> Form | None:
+def form_of(kind: type, avro: bool = False) -> Form | None:
     """How elements of a type are read and written, or None where they are no records.
 
     Args:
@@ -464,6 +463,15 @@ def read_batch(form: Form, elements: Sequence[Any], avro: AvroReader | None) -> 
         assert avro is not None
         records, faults = _read_each(avro.read, contents)
     return Batch(form, elements, contents, records), faults
+
+
+def read_elements(
+    form: Form, elements: Sequence[Any], wanted: Sequence[Reading], avro: AvroReader | None = None
+) -> Columns:
+    """The features of elements of one form; see `read_batch`."""
+    batch, faults = read_batch(form, elements, avro)
+    columns = batch.read(wanted)
+    return Columns(columns.arrays, {**columns.faults, **faults})
 
 
 def _read_each(read: Callable[[Any], Any], sources: Sequence[Any]) -> tuple[list[Any], dict[int, Fault]]:

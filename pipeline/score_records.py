@@ -258,6 +258,18 @@ def _python_type(field: pa.Field, optional: bool = True) -> Any:
 # ---- a batch of elements ---------------------------------------------------------------------------
 
 
+class _FaultOf(Fault):
+    """A fault of a record that one of several models was to score."""
+
+    model_version: str
+
+    @classmethod
+    def model(cls, bundle: Bundle, fault: Fault) -> _FaultOf:
+        own = cls(*fault)
+        own.model_version = bundle.model_version
+        return own
+
+
 class _RecordScorer:
     """Scores elements of any kind: what the DoFns below share.
 
@@ -306,7 +318,7 @@ class _RecordScorer:
                 self._loaded = None
         faults: dict[int, Fault] = {}
         for row, outcome in enumerate(self._outcomes(bundle, [item.value for item in batch])):
-            if type(outcome) is Fault:
+            if isinstance(outcome, Fault):
                 faults[row] = outcome
             else:
                 yield batch[row].with_value(outcome)
@@ -322,7 +334,7 @@ class _RecordScorer:
             records = [element[1] if pair else element for element, pair in zip(elements, pairs, strict=True)]
             outcomes = self._by_kind(bundle, list(map(type, records)), records, keys)
             return [
-                (key, outcome) if pair and type(outcome) is not Fault else outcome
+                (key, outcome) if pair and not isinstance(outcome, Fault) else outcome
                 for pair, key, outcome in zip(pairs, keys, outcomes, strict=True)
             ]
         return self._by_kind(bundle, kinds, elements, None)
@@ -368,8 +380,7 @@ class _RecordScorer:
                 found: list[Any] = [Fault(self._key, bundle.error_type, str(bundle))] * len(rows)
             else:
                 found = self._scored(bundle, batch.take(rows), {})
-                version = bundle.model_version
-                found = [one._replace(model_version=version) if type(one) is Fault else one for one in found]
+                found = [_FaultOf.model(bundle, one) if type(one) is Fault else one for one in found]
             for row, outcome in zip(rows, found, strict=True):
                 outcomes[row] = outcome
         return outcomes
@@ -409,14 +420,13 @@ class _RecordScorer:
 
     def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault], version: str | None) -> Iterator[Any]:
         elements = [batch[row].value for row in faults]
-        *reasons, own_versions = zip(*faults.values(), strict=True)
         letters = record_letters(
             [payload(element[1] if _is_pair(element) else element) for element in elements],
-            list(zip(*reasons, strict=True)),
+            list(faults.values()),
             attributes=list(map(_attributes, elements)),
             event_times=[_event_time(batch[row].timestamp_micros) for row in faults],
             stage="score",
-            model_versions=[own or version for own in own_versions],
+            model_versions=[getattr(fault, "model_version", version) for fault in faults.values()],
         )
         self._letters.count(letters)
         places: dict[Any, list[int]] = {}

@@ -17,7 +17,7 @@ from apache_beam.utils.windowed_value import create as windowed_value
 
 import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.records import json_rows
-from pipeline.rows import Columns, Reading, form_of, payload, read_json, read_records
+from pipeline.rows import Reading, form_of, payload, read_elements
 from vae_model.tables import as_levels, cast_cells
 
 _MAX_WAITING = 4096  # elements that are read at once
@@ -135,7 +135,7 @@ class ScoreReader:
         return self._complete(pa.table(arrays, list(self.columns)))
 
     def _record_columns(self, kind: type, records: list[Any]) -> tuple[pa.Table, pa.Array | None]:
-        form = form_of(kind, None)
+        form = form_of(kind)
         if form is None:
             raise ValueError(f"expected scored records or tables, got elements of type {kind.__name__}")
         wanted = [
@@ -144,7 +144,7 @@ class ScoreReader:
         ]
         if self.key is not None:
             wanted.append(Reading(self.key, pa.string()))
-        columns = read_elements(kind, records, wanted)
+        columns = read_elements(form, records, wanted)
         for fault in columns.faults.values():
             if fault.column != self.key or self.key is None:  # a key that is no text is none
                 raise ValueError(f"{fault.column or 'record'}: expected scored records, got {fault.error_type}")
@@ -169,16 +169,6 @@ class ScoreReader:
 def is_keyed(element: Any) -> bool:
     """Whether an element is a key with its value: a plain tuple of two."""
     return type(element) is tuple and len(element) == 2
-
-
-def read_elements(kind: type, records: list[Any], wanted: Sequence[Reading]) -> Columns:
-    """Columns of records of one Python type that is one of `form_of`."""
-    form = form_of(kind, None)
-    assert form is not None
-    if form.to_text:
-        return read_json([form.to_text(record) for record in records], wanted)
-    assert form.to_record is not None
-    return read_records([form.to_record(record) for record in records], wanted)
 
 
 def _text(key: Any) -> str | None:
