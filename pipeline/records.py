@@ -108,7 +108,7 @@ def record_letters(
     attributes: Sequence[dict[str, str] | None],
     event_times: Sequence[int | None],
     stage: str,
-    model_versions: Sequence[str | None],
+    model_version: str | Sequence[str | None] | None,
 ) -> pa.Table:
     """One letter per record of a stream.
 
@@ -118,7 +118,7 @@ def record_letters(
         attributes: Of each one's message.
         event_times: Microseconds since 1970.
         stage: What was being done to them.
-        model_versions: The model that was to score each, where it is known.
+        model_version: The model that was to score them, or did; or that of each, None where it is not known.
     """
     columns, error_types, errors = zip(*faults, strict=True)
     texts, formats = zip(*payloads, strict=True)
@@ -131,7 +131,7 @@ def record_letters(
         column=columns,
         error_type=error_types,
         error=errors,
-        model_version=model_versions,
+        model_version=model_version,
         event_time=pa.array(event_times, pa.int64()).cast(pa.timestamp("us", "UTC")),
         num_records=1,
     )

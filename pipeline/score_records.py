@@ -145,11 +145,16 @@ class ScoreRecords(beam.PTransform):
         """The same: errors are always caught, record by record."""
         return self
 
+    @property
+    def _launched_name(self) -> str | None:
+        return self.default_model if self.bundle is None else self.bundle
+
     @cached_property
-    def launched(self) -> Launched | None:
+    def launched(self) -> Launched:
         """The bundle (or the default model) as it is when the pipeline is built, read once, and where it is."""
-        name = self.default_model if self.bundle is None else self.bundle
-        return None if name is None else launch(name)
+        if self._launched_name is None:
+            raise ValueError("default_model: expected its URI, got none: no model is read before its key comes")
+        return launch(self._launched_name)
 
     @cached_property
     def scored_avro_schema(self) -> Any:
@@ -173,7 +178,7 @@ class ScoreRecords(beam.PTransform):
 
     def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
         refresh = refresh_secs(self.model_refresh_secs, records)
-        launched = self.launched  # a default model that cannot be used is told now, too
+        launched = self.launched if self._launched_name else None  # a default model that cannot be used is told now
         avro = AvroReader(self.avro_schema) if self.input_format == "avro" else None
         avro_writer = self._avro_writer(avro) if avro is not None and self.output == "avro" else None
         scorer = _RecordScorer(
@@ -221,11 +226,10 @@ class ScoreRecords(beam.PTransform):
             ValueError: Such rows cannot be scored, or lack a column that is to be kept.
         """
         fields = dict(row._fields)
-        launched = self.launched
-        for name in launched.bundle.schema.names if launched else ():
-            if launched and name not in fields:
+        for name in self.launched.bundle.schema.names if self._launched_name else ():
+            if name not in fields:
                 raise ValueError(
-                    f"{launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
+                    f"{self.launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
                 )
         added = _score_types(self.reasons, self.prefix)
         for name in self.columns or ():
@@ -424,9 +428,9 @@ class _RecordScorer:
             [payload(element[1] if _is_pair(element) else element) for element in elements],
             list(faults.values()),
             attributes=list(map(_attributes, elements)),
-            event_times=[_event_time(batch[row].timestamp_micros) for row in faults],
+            event_times=[event_time(batch[row].timestamp_micros) for row in faults],
             stage="score",
-            model_versions=[getattr(fault, "model_version", version) for fault in faults.values()],
+            model_version=[getattr(fault, "model_version", version) for fault in faults.values()],
         )
         self._letters.count(letters)
         places: dict[Any, list[int]] = {}
