@@ -505,30 +505,75 @@ def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp
     assert left_out == ["columns that neither training nor --columns names are left out: 2 (told once)"]
 
 
-def test_a_replayed_table_goes_to_kafka(first, first_uri, mixed_table, tmp_path):
+@pytest.fixture
+def kafka_host():
+    """Of librdkafka's own brokers, which live in a producer."""
     kafka = pytest.importorskip("confluent_kafka", reason="Kafka's client comes with the extra kafka")
     brokers = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "none"})
     [broker] = brokers.list_topics().brokers.values()
+    yield f"{broker.host}:{broker.port}"
+    brokers.flush()
+
+
+def consume(host: str, topic: str, count: int) -> list:
+    """The first messages of a topic."""
+    import confluent_kafka as kafka
+
+    consumer = kafka.Consumer({"bootstrap.servers": host, "group.id": "any"})
+    partitions = consumer.list_topics(topic).topics[topic].partitions
+    consumer.assign([kafka.TopicPartition(topic, partition, 0) for partition in partitions])
+    found: list = []
+    end = time.monotonic() + 20
+    while len(found) < count and time.monotonic() < end:
+        found += consumer.consume(100, timeout=0.2)
+    consumer.close()
+    return found
+
+
+def test_a_replayed_table_goes_to_kafka(first, first_uri, mixed_table, kafka_host, tmp_path):
     table = mixed_table.slice(0, 20).select(["length", "count", "color", "id"])
     pq.write_table(table, tmp_path / "in.parquet")
     flags = stream_flags(
         first_uri,
-        f"kafka:{broker.host}:{broker.port}/scored",
+        f"kafka:{kafka_host}/scored",
         input=f"replay:{tmp_path}/in.parquet?rate=none",
         dead_letters=tmp_path / "dead",
     )
     summary = run(["--streaming", *flags])
     assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (20, 20, 0)
-    consumer = kafka.Consumer({"bootstrap.servers": f"{broker.host}:{broker.port}", "group.id": "any"})
-    partitions = consumer.list_topics("scored").topics["scored"].partitions
-    consumer.assign([kafka.TopicPartition("scored", partition, 0) for partition in partitions])
-    found: list[dict] = []
-    end = time.monotonic() + 20
-    while len(found) < 20 and time.monotonic() < end:
-        found += [json.loads(message.value()) for message in consumer.consume(100, timeout=0.2)]
-    consumer.close()
+    found = [json.loads(message.value()) for message in consume(kafka_host, "scored", 20)]
     scores = {row["id"]: row["anomaly_score"] for row in first.score(table).to_pylist()}
     assert {row["id"]: row["anomaly_score"] for row in found} == pytest.approx(scores, rel=1e-4, abs=1e-3)
+
+
+def test_from_kafka_to_kafka_keys_stay_and_what_cannot_be_scored_has_its_own_topic(
+    first, first_uri, mixed_table, kafka_host
+):
+    import confluent_kafka as kafka
+
+    table = mixed_table.slice(0, 30).select(["length", "count", "color"])
+    producer = kafka.Producer({"bootstrap.servers": kafka_host})
+    for i, row in enumerate(table.to_pylist()):
+        # Every tenth is malformed, or a tombstone.
+        text = json.dumps(row) if i % 10 else "{" if i else None
+        producer.produce("in", text, key=f"key-{i}")
+    assert producer.flush(20) == 0
+    flags = stream_flags(
+        first_uri,
+        f"kafka:{kafka_host}/scored",
+        input=f"kafka:{kafka_host}/in?until=now",
+        dead_letters=f"kafka:{kafka_host}/dead",
+    )
+    summary = run(["--streaming", *flags])
+    assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (30, 27, 3)
+    found = {message.key(): json.loads(message.value()) for message in consume(kafka_host, "scored", 27)}
+    scores = first.score(table)["anomaly_score"].to_pylist()
+    expected = {f"key-{i}".encode(): score for i, score in enumerate(scores) if i % 10}
+    assert {key: row["anomaly_score"] for key, row in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    letters = [json.loads(message.value()) for message in consume(kafka_host, "dead", 3)]
+    assert len(letters) == 3
+    assert {letter["stage"] for letter in letters} == {"score"}
+    assert "key-10" in json.dumps(letters)
 
 
 # ---- the job, on a real Pub/Sub server -----------------------------------------------------------
