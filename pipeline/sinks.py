@@ -101,6 +101,24 @@ def remove_leftovers(path: str, name: str = "scored") -> None:
     FileSystems.delete([item.path for item in found])
 
 
+def refuse_unwritable(flag: str, path: str) -> None:
+    """Writes an empty file where files will go, and deletes it: a job should not find out at its end.
+
+    Raises:
+        ValueError: It cannot be written there; names the flag.
+    """
+    stem, suffix = split_suffix(path)
+    folder = (stem.rpartition("/")[0] or ".") if suffix else path.rstrip("/")
+    probe = f"{folder}/.beam-vae-{uuid.uuid4().hex}"
+    try:
+        if not FileSystems.exists(folder):
+            FileSystems.mkdirs(folder)
+        FileSystems.create(probe).close()
+        FileSystems.delete([probe])
+    except Exception as error:  # each filesystem has its own
+        raise ValueError(f"--{flag}: cannot write to {folder}: {error}") from error
+
+
 def _temporary(prefix: str) -> str:
     folder, name = FileSystems.split(prefix)
     return str(FileSystems.join(folder, f".beam-temp-{name}-"))
