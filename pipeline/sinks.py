@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
 import shutil
 import uuid
@@ -104,15 +105,19 @@ def remove_leftovers(path: str, name: str = "scored") -> None:
 def refuse_unwritable(flag: str, path: str) -> None:
     """Writes an empty file where files will go, and deletes it: a job should not find out at its end.
 
+    A folder that is not there is not made, for workers may be another user: it must be possible to make it.
+
     Raises:
         ValueError: It cannot be written there; names the flag.
     """
     stem, suffix = split_suffix(path)
     folder = (stem.rpartition("/")[0] or ".") if suffix else path.rstrip("/")
+    if "://" not in folder:
+        folder = os.path.abspath(folder)
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
     probe = f"{folder}/.beam-vae-{uuid.uuid4().hex}"
     try:
-        if not FileSystems.exists(folder):
-            FileSystems.mkdirs(folder)
         FileSystems.create(probe).close()
         FileSystems.delete([probe])
     except Exception as error:  # each filesystem has its own
