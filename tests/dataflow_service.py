@@ -1,4 +1,4 @@
-"""Dataflow, Cloud Storage and Google's sign-in, on this machine: a submitted job is checked, and run as it was staged."""
+"""Dataflow, Cloud Storage and Google's sign-in, on this machine: a submitted job is checked and run as staged."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class Dataflow:
             raise Refused(f"no such project and region: {project}, {region}")
         if job.type_ == api.JobType.JOB_TYPE_UNKNOWN:
             raise Refused("neither batch nor streaming")
-        if not all(self._is_there(place) for place in staged(job)):
+        if not all(self.is_there(place) for place in staged(job)):
             raise Refused(f"not staged: {staged(job)}")
         job.id = f"2026-01-01_00_00_00-{len(self.jobs) + 1}"
         job.project_id, job.location = project, region
@@ -81,7 +81,7 @@ class Dataflow:
                 updates.append({"name": {"origin": "user", "name": name, "context": context}, "scalar": value})
         return {"metrics": updates}
 
-    def _is_there(self, place):
+    def is_there(self, place):
         bucket, name = place
         return self.files.bucket(bucket).get_blob(name) is not None
 

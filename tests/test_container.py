@@ -169,7 +169,6 @@ def test_an_image_is_built_and_its_python_scores(buildah, first, first_uri, make
     np.testing.assert_allclose(
         scored.sort_by("id")["anomaly_score"], expected.sort_by("id")["anomaly_score"], rtol=1e-4, atol=1e-3
     )
-    total = sum(int(line.split()[0]) for line in size.splitlines())
     gigabytes = sum(int(line.split()[0]) for line in size.splitlines()) / 1e9
     print(f"\nbuilt in {seconds:.0f} s: {gigabytes:.2f} GB; {len(scored)} rows scored by its Python in {ran:.1f} s")
 
