@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stream test lint format clean
+.PHONY: help demo demo-stream test test-container lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these lines.
@@ -22,6 +22,9 @@ demo-stream: $(VENV)/demo.stamp  ## Score flights from a Pub/Sub topic on this m
 
 test: lint  ## Check the code and run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-container: $(VENV)/dev.stamp  ## Build the image and score with it: minutes; root, buildah and debootstrap.
+	CONTAINER_TEST=1 $(BIN)/python -m pytest -s -rs tests/test_container.py
 
 lint: $(VENV)/dev.stamp  ## Check style and types.
 	$(BIN)/ruff check .

