@@ -271,7 +271,7 @@ def test_every_option_is_a_parameter_where_it_makes_sense():
     own = set(own_options())
     batch, streaming = ({item.name for item in parameters(kind)} for kind in ("batch", "streaming"))
     assert batch == own - set(_STREAMING_ONLY) - {"model_refresh_secs"} | {"sdk_container_image"}
-    assert streaming == own - set(_BATCH_ONLY) - {"max_dead_letter_fraction"} | {"sdk_container_image"}
+    assert streaming == own - set(_BATCH_ONLY) | {"sdk_container_image"}
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
