@@ -179,6 +179,22 @@ def test_the_launcher_submits_and_does_not_wait(cloud, places, monkeypatch):
     assert len(dataflow.jobs) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("pubsub:projects/my-project/topics/flights", "pubsub:projects/my-project/topics/scored"),
+        ("pubsub:projects/my-project/subscriptions/flights", "bigquery:my-project.flights.scored"),
+        ("kafka:broker:9092/flights", "kafka:broker:9092/scored"),
+    ],
+)
+def test_streams_to_and_from_services_are_accepted(cloud, places, source, output):
+    dataflow, flags = cloud
+    given = {"input": source, "output": output, "dead_letters": f"gs://{BUCKET}/dead", "sdk_container_image": IMAGE}
+    assert launcher.main([*as_given(places | given), "--runner=DataflowRunner", *flags]) == 0
+    job = latest(dataflow)
+    assert (job.type_, job.current_state) == (api.JobType.JOB_TYPE_STREAMING, api.JobState.JOB_STATE_RUNNING)
+
+
 def test_a_gpu_has_one_process_and_a_machine_of_the_users_choice(places):
     given = as_given(places | {"output": f"gs://{BUCKET}/out", "sdk_container_image": IMAGE})
     needed = ["--project=my-project", "--region=us-central1", f"--temp_location=gs://{BUCKET}/tmp"]
