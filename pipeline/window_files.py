@@ -183,6 +183,9 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _stamp(time: Timestamp) -> str:
     """A time in UTC as a part of a file's name, such as 20261122T190000Z; fractions only where there are any."""
-    whole = time.to_utc_datetime()
+    try:
+        whole = time.to_utc_datetime()
+    except OverflowError:  # of records without a time, Beam says the least that it knows
+        return f"{time.micros}us"
     fraction = f".{whole.microsecond:06d}" if whole.microsecond else ""
     return f"{whole:%Y%m%dT%H%M%S}{fraction}Z"

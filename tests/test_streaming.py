@@ -21,6 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.timestamp import MIN_TIMESTAMP
 
 from pipeline import window_files
 from pipeline.command import main
@@ -172,6 +173,14 @@ def test_each_window_has_its_file_and_late_rows_have_their_own(tmp_path):
         f"{first}-shard-00000-pane-00002-late.parquet": [7],
         f"{second}-shard-00000-pane-00000.parquet": [4],
     }
+
+
+def test_rows_without_a_time_are_written_too(tmp_path):
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        tables = pipeline | beam.Create([numbered(1)]) | beam.Map(lambda table: TimestampedValue(table, MIN_TIMESTAMP))
+        tables | WriteWindowFiles(str(tmp_path), SCHEMA)
+    [path] = tmp_path.iterdir()
+    assert _rows(path)["id"].to_pylist() == [1]
 
 
 def test_rows_are_dropped_as_too_late_only_where_that_is_asked_for(tmp_path):
