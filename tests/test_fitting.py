@@ -11,18 +11,8 @@ from scipy.stats import betabinom, binom, ks_2samp
 from vae_model import TrainingConfig, VAEConfig, fit, load_bundle
 from vae_model.bundle import Bundle, score_fields
 from vae_model.encoding import encode
-from vae_model.fitting import (
-    CALIBRATION,
-    LEFT_OUT,
-    TRAIN,
-    VALIDATION,
-    Split,
-    _Steps,
-    choose_split,
-    collect_statistics,
-    synthetic_rows,
-    uniform,
-)
+from vae_model.fitting import _Steps, synthetic_rows
+from vae_model.scan import CALIBRATION, LEFT_OUT, TRAIN, VALIDATION, Split, choose_split, scan_table, uniform
 from vae_model.schema import choose_kinds, infer_schema
 from vae_model.tables import RecordError, open_tables
 
@@ -71,10 +61,10 @@ def steps_of(data: object, training: TrainingConfig) -> tuple[_Steps, Split]:
     tables = open_tables(data)
     kinds, passthrough = choose_kinds(tables.schema)
     split = choose_split(tables, training, None)
-    statistics, num_rows = collect_statistics(tables, kinds, split, lambda *_: None)
-    schema = infer_schema(statistics, tables.schema, passthrough)
-    num_train = int(num_rows[TRAIN])
-    return _Steps(tables, schema, statistics, VAEConfig(), training, split, lambda *_: None, num_train), split
+    scan = scan_table(tables, kinds, split, lambda *_: None)
+    schema = infer_schema(scan.statistics, tables.schema, passthrough)
+    num_train = int(scan.num_rows[TRAIN])
+    return _Steps(tables, schema, scan.statistics, VAEConfig(), training, split, lambda *_: None, num_train), split
 
 
 def row_ids(steps: _Steps, block: dict[str, np.ndarray]) -> np.ndarray:
@@ -369,8 +359,8 @@ def test_synthetic_rows_of_every_type_can_be_scored():
     }
     kinds, passthrough = choose_kinds(table.schema, **forced)
     tables = open_tables(table)
-    statistics, _ = collect_statistics(tables, kinds, Split(0.1, 0.0, 0), lambda *_: None)
-    schema = infer_schema(statistics, table.schema, passthrough, list(chain(*forced.values())))
+    scan = scan_table(tables, kinds, Split(0.1, 0.0, 0), lambda *_: None)
+    schema = infer_schema(scan.statistics, table.schema, passthrough, list(chain(*forced.values())))
     assert set(schema.names) == set(data)
     drawn = synthetic_rows(schema, 50, seed=0)
     encoded = encode(drawn, schema, ("standard",))

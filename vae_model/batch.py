@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 
 from vae_model import files
 from vae_model.bundle import Bundle, score_fields
-from vae_model.fitting import labels
 from vae_model.overlap import ahead, table_writer
+from vae_model.scan import labels
 from vae_model.tables import RecordError, open_tables
 
 Progress = Callable[[str, int, int, dict[str, float]], None]

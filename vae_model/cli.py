@@ -70,12 +70,14 @@ def _add_fit(commands: Any) -> None:
     add("--output", required=True, metavar="URI", help="Directory to write the bundle to.")
     add("--overwrite", action="store_true", help="Replace a bundle that is there.")
     add("--resume", action="store_true", help="Go on where an interrupted fit with these flags was.")
-    add("--label", metavar="COLUMN", help="A 0/1 column: no feature, and rows labelled 1 are left out.")
-    add("--numeric", type=names, default=[], metavar="A,B", help="Columns to read as numbers.")
-    add("--categorical", type=names, default=[], metavar="A,B", help="Columns to read as levels.")
-    add("--timestamp", type=names, default=[], metavar="A,B", help="Columns to read as times.")
-    add("--exclude", type=names, default=[], metavar="A,B", help="Columns to carry only.")
-    for name, kind, help in (
+    add(
+        "--statistics",
+        metavar="URI",
+        help="File that python -m pipeline.statistics wrote, with the same flags; spares a pass over the tables.",
+    )
+    add_reading_arguments(add)
+    _add_settings(
+        add,
         ("hidden_dims", _widths, "Widths of the hidden layers, separated by commas."),
         ("latent_dim", int, "Latents; by default one per input, at most 16."),
         ("beta", float, "Weight of the KL term in training."),
@@ -85,23 +87,39 @@ def _add_fit(commands: Any) -> None:
         ("learning_rate", float, "Adam's, at its peak."),
         ("kl_warmup", float, "Share of the steps over which the KL term fades in."),
         ("patience", int, "Validations without gain before stopping."),
-        ("validation_fraction", float, "Rows held out for early stopping."),
-        ("calibration_fraction", float, "Rows held out for calibration; by default by the number of rows."),
-        ("time_column", str, "Calibrate on the last block of time in this column."),
         ("false_positive_rate", float, "Share of normal rows labelled anomalous."),
         ("contamination", float, "Share of anomalies in the data; sets the threshold instead."),
         ("buffer_mib", int, "Memory for shuffling."),
+    )
+    add("--no_examples", action="store_true", default=None, help="Keep no real row in the bundle.")
+
+
+def add_reading_arguments(add: Any) -> None:
+    """Declares the flags by which the statistics differ: what is read as what, and which rows are held out."""
+    add("--label", metavar="COLUMN", help="A 0/1 column: no feature, and rows labelled 1 are left out.")
+    add("--numeric", type=names, default=[], metavar="A,B", help="Columns to read as numbers.")
+    add("--categorical", type=names, default=[], metavar="A,B", help="Columns to read as levels.")
+    add("--timestamp", type=names, default=[], metavar="A,B", help="Columns to read as times.")
+    add("--exclude", type=names, default=[], metavar="A,B", help="Columns to carry only.")
+    _add_settings(
+        add,
+        ("validation_fraction", float, "Rows held out for early stopping."),
+        ("calibration_fraction", float, "Rows held out for calibration; by default by the number of rows."),
+        ("time_column", str, "Calibrate on the last block of time in this column."),
         ("seed", int, "Of weights, shuffling, splits and noise."),
-    ):
+    )
+
+
+def _add_settings(add: Any, *settings: tuple[str, Callable[[str], Any], str]) -> None:
+    for name, kind, help in settings:
         default = getattr(VAEConfig, name, getattr(TrainingConfig, name, None))
         shown = (
             "" if default is None else f" (default {','.join(map(str, default)) if name == 'hidden_dims' else default})"
         )
         add(f"--{name}", type=kind, metavar=name.rpartition("_")[2].upper(), help=help + shown)
-    add("--no_examples", action="store_true", default=None, help="Keep no real row in the bundle.")
 
 
-def _configs(args: argparse.Namespace) -> tuple[Any, Any]:
+def configs(args: argparse.Namespace) -> tuple[Any, Any]:
     """The two configurations, with the flags that were given."""
 
     def given(config: type) -> dict[str, Any]:
@@ -112,7 +130,7 @@ def _configs(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    config, training = _configs(args)
+    config, training = configs(args)
     from vae_model.backend import load_quietly
     from vae_model.fitting import fit
 
@@ -130,6 +148,7 @@ def _fit(args: argparse.Namespace) -> int:
             categorical=args.categorical,
             timestamp=args.timestamp,
             exclude=args.exclude,
+            statistics=args.statistics,
             on_progress=on_progress,
         )
     print_bundle(bundle, args.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shutil
@@ -13,10 +14,18 @@ from typing import Any
 
 from pyarrow import fs
 
+_MAX_COPY_BYTES = 5 << 30  # of S3's CopyObject, with which a file there gets another name
+_CHUNK_BYTES = 16 << 20
+
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path on it."""
     uri = str(uri)
+    if uri.startswith(("gs://", "gcs://")) and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+        # Google's own libraries, and so Beam, heed it; Arrow does not.
+        scheme, _, host = emulator.rpartition("://")
+        system = fs.GcsFileSystem(anonymous=True, scheme=scheme or "http", endpoint_override=host.rstrip("/"))
+        return system, uri.partition("://")[2].rstrip("/")
     if "://" in uri:
         return fs.FileSystem.from_uri(uri)
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -129,9 +138,24 @@ def _named(uri: str) -> Iterator[None]:
         raise type(error)(f"{uri}: cannot be written: {error}") from error
 
 
+def write_file(uri: str, content: bytes) -> None:
+    """Writes a small file; a reader sees the old one or the new one, whole."""
+    system, path = filesystem(uri)
+    if isinstance(system, fs.LocalFileSystem):
+        with new_file(uri) as stream:
+            stream.write(content)
+        return
+    with _named(uri), system.open_output_stream(path) as stream:  # an object appears when it is closed
+        stream.write(content)
+
+
 @contextmanager
 def new_file(uri: str) -> Iterator[Any]:
-    """A stream whose file appears under its name once all is written, and replaces one that is there."""
+    """A stream whose file appears under its name once all is written, and replaces one that is there.
+
+    A failure leaves nothing: object stores keep what was written when a stream is closed, for whatever reason, so
+    there too it is written under another name first.
+    """
     system, path = filesystem(uri)
     partial = f"{path}.partial"
     with _named(uri):
@@ -140,11 +164,22 @@ def new_file(uri: str) -> Iterator[Any]:
         try:
             with system.open_output_stream(partial) as stream:
                 yield stream
-            system.move(partial, path)
+            _rename(system, partial, path)
         except BaseException:
             if system.get_file_info(partial).type == fs.FileType.File:
                 system.delete_file(partial)
             raise
+
+
+def _rename(system: fs.FileSystem, source: str, target: str) -> None:
+    size = system.get_file_info(source).size
+    if not isinstance(system, fs.S3FileSystem) or size is None or size <= _MAX_COPY_BYTES:
+        system.move(source, target)
+        return
+    with system.open_input_stream(source) as old, system.open_output_stream(target) as new:
+        while chunk := old.read(_CHUNK_BYTES):
+            new.write(chunk)
+    system.delete_file(source)
 
 
 def write_directory(uri: str, files: dict[str, bytes], *, last: str, overwrite: bool = False) -> None:

@@ -18,22 +18,32 @@ import pandas as pd
 import pyarrow as pa
 
 from vae_model import files
-from vae_model.bundle import Bundle, refuse_clash, refuse_output
+from vae_model.bundle import Bundle, refuse_output
 from vae_model.calibration import Calibration, calibrate
 from vae_model.config import TrainingConfig, VAEConfig
 from vae_model.encoding import encode
+from vae_model.scan import (
+    CALIBRATION,
+    LEFT_OUT,
+    TRAIN,
+    VALIDATION,
+    Progress,
+    Split,
+    columns_and_roles,
+    limited,
+    read_scan,
+    scan_table,
+)
 from vae_model.schema import (
     CategoricalFeature,
     ConstantFeature,
     NumericFeature,
     TableSchema,
     TimestampFeature,
-    choose_kinds,
     infer_schema,
-    nothing_to_learn,
 )
-from vae_model.statistics import QuantileSketch, TableStatistics
-from vae_model.tables import Block, MemoryTables, RecordError, Tables, as_numbers, as_times, open_tables
+from vae_model.statistics import TableStatistics
+from vae_model.tables import Block, MemoryTables, Tables, open_tables
 
 if TYPE_CHECKING:
     from vae_model.training import TrainedModel
@@ -41,87 +51,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
-Progress = Callable[[str, int, int, dict[str, float]], None]
-"""Told the stage, the work done, the work in all, and the losses while training."""
-
-MIN_ROWS = 20
-FOLD_ROWS = 1000  # tables with fewer rows are calibrated by cross-conformal folds
 _NUM_FOLDS = 5
-_MAX_VALIDATION_ROWS = 20_000
-_MAX_CALIBRATION_ROWS = 100_000
-_MAX_HELD_OUT_CELLS = 1 << 26  # so that fewer rows of very wide tables are held out
 _SHUFFLED_BYTES = 32 << 20
 _NUM_GOLDEN = 16
-
-TRAIN, VALIDATION, CALIBRATION, LEFT_OUT = range(4)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which rows do what; a row's role depends on its position, the seed, and the columns named here.
-
-    Args:
-        validation: Share of rows held out for early stopping.
-        calibration: Share of rows held out for calibration.
-        seed: Of the choice.
-        label: Column whose 1s are left out of everything.
-        time_column: Rows later than `time_limit` (microseconds) in this column calibrate, no others.
-        time_limit: See there.
-    """
-
-    validation: float
-    calibration: float
-    seed: int
-    label: str | None = None
-    time_column: str | None = None
-    time_limit: int = 0
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns that roles depend on."""
-        return [name for name in (self.label, self.time_column) if name]
-
-    @property
-    def cross_conformal(self) -> bool:
-        """Whether no rows are held out for calibration, so that folds calibrate."""
-        return self.calibration == 0 and not self.time_column
-
-    def roles(self, table: pa.Table, start: int) -> np.ndarray:
-        """`(n,)` roles of rows that begin at position `start` of the whole."""
-        draw = uniform(np.arange(start, start + table.num_rows, dtype=np.uint64), self.seed)
-        if self.time_column:
-            times, present, _ = as_times(table.column(self.time_column))
-            late = present & (times > self.time_limit)
-            roles = np.where(late, CALIBRATION, np.where(draw < self.validation, VALIDATION, TRAIN))
-        else:
-            edges = np.array([self.calibration, self.calibration + self.validation])
-            roles = np.array([CALIBRATION, VALIDATION, TRAIN])[np.searchsorted(edges, draw, side="right")]
-        if self.label:
-            roles = np.where(labels(table, self.label), LEFT_OUT, roles)
-        return roles
-
-
-def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
-    """`(n,)` numbers in [0, 1) that look random, one per position (SplitMix64: Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        x = positions.astype(np.uint64) + np.uint64(seed & 0xFFFFFFFF) * np.uint64(0xD1B54A32D192ED03)
-        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def labels(table: pa.Table, column: str) -> np.ndarray:
-    """`(n,)` true where a label column says anomaly; null is no anomaly.
-
-    Raises:
-        RecordError: A label is neither 0 nor 1.
-    """
-    values, bad = as_numbers(table.column(column))
-    if len(bad) or not np.isin(values[~np.isnan(values)], (0, 1)).all():
-        raise RecordError(f"{column}: expected labels 0 and 1, got others")
-    return values == 1
 
 
 def fit(
@@ -137,6 +69,7 @@ def fit(
     categorical: Sequence[str] = (),
     timestamp: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    statistics: str | None = None,
     on_progress: Progress | None = None,
 ) -> Bundle:
     """Trains and calibrates a model.
@@ -158,6 +91,8 @@ def fit(
         categorical: Columns to read as levels, integers for instance.
         timestamp: Columns to read as times.
         exclude: Columns to carry only.
+        statistics: File of `python -m pipeline.statistics`, taken of the same files with the same arguments; without
+            it the files are read once more for their statistics.
         on_progress: Told how far each stage is.
 
     Returns:
@@ -165,7 +100,7 @@ def fit(
 
     Raises:
         RecordError: The data does not hold what its columns promise.
-        ValueError: Too few rows, no column to learn from, or a wrong column name.
+        ValueError: Too few rows, no column to learn from, a wrong column name, or statistics of another table.
         TrainingError: The loss became non-finite.
         OSError: The output cannot be written.
     """
@@ -175,93 +110,29 @@ def fit(
         refuse_output(output, overwrite)
         files.refuse_unwritable(output)
     tables = open_tables(data)
-    for role, column in {"label": label, "time_column": training.time_column}.items():
-        if column and column not in tables.schema.names:
-            raise ValueError(f"{column}: named as {role}, but the table has no such column")
     if label and training.contamination is not None:
         raise ValueError("contamination, label: expected one of them; rows labelled 1 are left out of calibration")
-    hidden = dict.fromkeys([*exclude, *([label] if label else [])])
-    kinds, passthrough = choose_kinds(
-        tables.schema, numeric=numeric, categorical=categorical, timestamp=timestamp, exclude=hidden
+    kinds, passthrough, split = columns_and_roles(
+        tables, training, label=label, numeric=numeric, categorical=categorical, timestamp=timestamp, exclude=exclude
     )
-    if label:
-        passthrough[label] = "the label"
-    refuse_clash(kinds)
-    if tables.num_rows < MIN_ROWS:
-        raise ValueError(f"expected at least {MIN_ROWS} rows to learn from, got {tables.num_rows}")
-    if not kinds:  # without columns Arrow forgets the rows
-        raise nothing_to_learn(0, passthrough)
-    split = choose_split(tables, training, label)
-    statistics, num_rows = collect_statistics(tables, kinds, split, report)
+    if statistics:
+        scan, split = read_scan(statistics, tables, kinds, split)
+        scan.check(split)
+    else:
+        split = limited(split, tables)
+        scan = scan_table(tables, kinds, split, report)
     forced = [*numeric, *categorical, *timestamp]
-    schema = infer_schema(statistics, tables.schema, passthrough, forced)
-    statistics.compact()  # for the bundle: of wide tables they would be its largest part by far
+    schema = infer_schema(scan.statistics, tables.schema, passthrough, forced)
+    scan.statistics.compact()  # for the bundle: of wide tables they would be its largest part by far
     checkpoint = f"{output.rstrip('/')}.checkpoint" if output else None
-    num_train = int(num_rows[TRAIN])
-    steps = _Steps(tables, schema, statistics, config, training, split, report, num_train, checkpoint, resume)
+    num_train = int(scan.num_rows[TRAIN])
+    steps = _Steps(tables, schema, scan.statistics, config, training, split, report, num_train, checkpoint, resume)
     bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
     if output and checkpoint:
         bundle.save(output, overwrite=overwrite)
         files.remove(checkpoint)
     return bundle
-
-
-def choose_split(tables: Tables, training: TrainingConfig, label: str | None) -> Split:
-    """Shares of rows by their number, and the time limit where a time column decides.
-
-    Raises:
-        RecordError: The time column holds no times.
-    """
-    n = tables.num_rows
-    most = _MAX_HELD_OUT_CELLS // max(len(tables.schema.names), 1)
-    validation = min(training.validation_fraction, min(_MAX_VALIDATION_ROWS, most / 4) / n)  # held encoded
-    calibration = training.calibration_fraction or max(0.1, min(0.3, 1000 / n))
-    calibration = min(calibration, min(_MAX_CALIBRATION_ROWS, most) / n)
-    if training.time_column:
-        sketch = QuantileSketch()
-        for _, table in tables.scan([training.time_column]):
-            times, present, bad = as_times(table.column(0))
-            if len(bad):
-                raise RecordError(f"{training.time_column}: expected times, got others")
-            sketch.update(times[present].astype(np.float64))
-        if not len(sketch.points()[0]):
-            raise RecordError(f"{training.time_column}: expected times, got none")
-        limit = int(sketch.quantile(1 - calibration))
-        return Split(validation, calibration, training.seed, label, training.time_column, limit)
-    if n < FOLD_ROWS and training.calibration_fraction is None:
-        calibration = 0.0
-    return Split(validation, calibration, training.seed, label)
-
-
-def collect_statistics(
-    tables: Tables, kinds: dict[str, str], split: Split, report: Progress
-) -> tuple[TableStatistics, np.ndarray]:
-    """Statistics of the rows that are not held out for calibration, and the number of rows by role.
-
-    Raises:
-        RecordError: A row of any role but LEFT_OUT holds a cell that cannot be read.
-        ValueError: A role has too few rows.
-    """
-    statistics = TableStatistics(kinds)
-    held_out = TableStatistics(kinds)  # its only use: bad cells there must show now, not after training
-    num_rows = np.zeros(LEFT_OUT + 1, np.int64)
-    names = list(dict.fromkeys([*kinds, *split.columns]))
-    for start, table in tables.scan(names):
-        roles = split.roles(table, start)
-        num_rows += np.bincount(roles, minlength=len(num_rows))
-        table = table.select(list(kinds))
-        for part, keep in ((statistics, roles < CALIBRATION), (held_out, roles == CALIBRATION)):
-            part.update(table.filter(pa.array(keep)), start + np.flatnonzero(keep))
-        report("statistics", start + table.num_rows, tables.num_rows, {})
-    if statistics.num_rows < MIN_ROWS:
-        raise ValueError(f"expected at least {MIN_ROWS} training rows, got {statistics.num_rows}")
-    if not (split.cross_conformal or num_rows[:LEFT_OUT].all()):
-        raise ValueError(
-            f"expected rows to train, validate and calibrate on, got {num_rows[TRAIN]:,}, {num_rows[VALIDATION]:,} and "
-            f"{num_rows[CALIBRATION]:,}; change validation_fraction, calibration_fraction or time_column"
-        )
-    return statistics, num_rows
 
 
 @dataclass

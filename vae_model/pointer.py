@@ -63,8 +63,7 @@ class Pointer:
             "current": vars(self.current),
             "history": [vars(entry) for entry in self.history[:MAX_HISTORY]],
         }
-        with files.new_file(self.uri) as stream:
-            stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        files.write_file(self.uri, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def is_pointer(uri: str) -> bool:

@@ -325,6 +325,7 @@ class Block:
     num_rows: int
     source: int = 0  # which file
     row_group: int = 0
+    num_bytes: int = 0  # in a Parquet file, before compression
 
 
 class Tables(Protocol):
@@ -381,9 +382,9 @@ class ParquetTables:
             _refuse_repeated(schema, path)
             schemas.append(without_views(schema.empty_table()).schema.remove_metadata())
             for row_group in range(metadata.num_row_groups):
-                rows = metadata.row_group(row_group).num_rows
-                self.blocks.append(Block(start, rows, source, row_group))
-                start += rows
+                found = metadata.row_group(row_group)
+                self.blocks.append(Block(start, found.num_rows, source, row_group, found.total_byte_size))
+                start += found.num_rows
         self.num_rows = start
         self.schema = self._unify(schemas)
 
