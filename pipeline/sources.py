@@ -247,6 +247,7 @@ def match_files(pattern: str, file_format: str) -> list[str]:
         folder = pattern.rstrip("/") + "/"
         paths = [path for path in _match(folder + "**") if _format_by_suffix(path) == file_format]
     paths = [path for path in paths if not re.search(r"(^|/)([._]|beam-temp-)", path[len(folder) :])]
+    paths = [path for path in paths if not path.endswith("/")]  # objects of no bytes that stand for folders in stores
     if not (wild or paths or os.path.isdir(pattern)):
         paths = _match(pattern)
     if not paths:

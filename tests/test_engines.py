@@ -13,7 +13,7 @@ from waiting import until
 from pipeline.run import run
 from pipeline.statistics import run as take_statistics
 from vae_model import TrainingConfig
-from vae_model.scan import TableScan, columns_and_roles, read_scan, scan_table
+from vae_model.scan import columns_and_roles, read_scan, scan_table
 from vae_model.tables import ParquetTables
 
 
@@ -104,4 +104,3 @@ def test_two_processes_take_the_statistics_of_one_pass(request, folder, tmp_path
                 np.testing.assert_array_equal(mine, theirs)
         else:
             assert column.most_frequent() == other.most_frequent()
-    assert isinstance(found, TableScan)
