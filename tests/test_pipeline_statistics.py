@@ -7,7 +7,7 @@ import pytest
 
 import vae_model
 from pipeline.statistics import _CombineStatistics, main, run
-from vae_model import TrainingConfig, VAEConfig
+from vae_model import TrainingConfig
 from vae_model.scan import Split, columns_and_roles, limited, read_scan, scan_table
 from vae_model.schema import infer_schema
 from vae_model.tables import ParquetTables
@@ -101,23 +101,6 @@ def test_merging_in_any_order_and_tree_gives_the_same_statistics(folder, mixed_t
             bound = (1 + np.log2(len(parts))) / 4096 + 1 / len(values)
             assert (low - bound <= ranks).all()
             assert (ranks <= high + bound).all()
-
-
-def test_a_fit_with_the_jobs_file_makes_the_model_of_a_fit_without(make_table, first, tmp_path):
-    table = make_table(800, 0).select(["length", "count", "color"])
-    pq.write_table(table, tmp_path / "in.parquet")
-    training = TrainingConfig(max_steps=20, calibration_fraction=0.2)
-    assert (
-        main([f"--input={tmp_path}/in.parquet", f"--output={tmp_path}/s.json", "--calibration_fraction=0.2", *FLAGS])
-        == 0
-    )
-    bundle = vae_model.fit(
-        f"{tmp_path}/in.parquet",
-        VAEConfig(hidden_dims=(8,), latent_dim=2, num_samples=1),
-        training,
-        statistics=str(tmp_path / "s.json"),
-    )
-    assert bundle.model_version == first.model_version
 
 
 @pytest.mark.parametrize(
