@@ -103,7 +103,7 @@ def remove_leftovers(path: str, name: str = "scored") -> None:
 
 
 def refuse_unwritable(flag: str, path: str) -> None:
-    """Writes an empty file where files will go, and deletes it: a job should not find out at its end.
+    """Writes a small file where files will go, and deletes it: a job should not find out at its end.
 
     A folder that is not there is not made, for workers may be another user: it must be possible to make it.
 
@@ -118,7 +118,8 @@ def refuse_unwritable(flag: str, path: str) -> None:
             folder = os.path.dirname(folder)
     probe = f"{folder}/.beam-vae-{uuid.uuid4().hex}"
     try:
-        FileSystems.create(probe).close()
+        with FileSystems.create(probe) as stream:
+            stream.write(b"x")  # S3 refuses the upload that Beam makes of an empty file
         FileSystems.delete([probe])
     except Exception as error:  # each filesystem has its own
         raise ValueError(f"--{flag}: cannot write to {folder}: {error}") from error
