@@ -1,11 +1,12 @@
 """A stream's latency and memory: messages through Pub/Sub's API and `ScoreRecords`, beside the same without scoring.
 
-    python -m benchmarks.latency [--secs 60] [--soak_secs 600] [--folder DIR]
+    python -m benchmarks.latency [--secs 60] [--soak_secs 600] [--rate N] [--folder DIR]
 
 Server, publisher and pipeline are three processes of this machine. The pipeline runs on Beam's BundleBasedDirectRunner,
 the only local runner that reads Pub/Sub, whose own work for a message is most of what is seen here: what scoring adds
 is the difference from a pipeline that only passes messages on. Latency is from just before publishing to the last
-step. First each pipeline's peak rate is measured; the load is then half of the lowest peak, the same for all.
+step. First each pipeline's peak rate is measured; the load is then half of the lowest peak, the same for all, unless
+--rate says another.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--secs", type=float, default=60, help="How long each latency is measured.")
     parser.add_argument("--soak_secs", type=float, default=0, help="How long memory is watched; 0: not at all.")
+    parser.add_argument("--rate", type=float, help="Messages a second; by default, half of the lowest peak.")
     parser.add_argument("--messages", type=int, default=5000, help="The backlog by which a peak is measured.")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/scratch"), help="For models.")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -222,7 +224,7 @@ def main() -> None:
         environment = {**os.environ, "PUBSUB_EMULATOR_HOST": host}
         publisher = Publisher(_client(host), NUM_COLUMNS)
         peaks = {name: measure_peak(name, args.folder, environment, publisher, args.messages) for name in PIPELINES}
-        rate = min(peaks.values()) / 2
+        rate = args.rate or min(peaks.values()) / 2
         table = Table(title=f"{NUM_COLUMNS} float64 columns as JSON, {rate:,.0f} messages/s for {args.secs:g} s")
         for heading in ("", "peak, messages/s", "p50, ms", "p99, ms", "added p50", "added p99"):
             table.add_column(heading, justify="right" if heading else "left")
