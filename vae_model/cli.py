@@ -92,6 +92,8 @@ def _add_fit(commands: Any) -> None:
         ("contamination", float, "Share of anomalies in the data; sets the threshold instead."),
         ("buffer_mib", int, "Memory for shuffling."),
         ("seed", int, "Of weights, shuffling, splits and noise."),
+        ("strategy", str, "mirrored: train on all GPUs of the machine."),
+        ("precision", str, "Of the hidden layers in training; mixed_bfloat16 for accelerators."),
     ):
         default = getattr(VAEConfig, name, getattr(TrainingConfig, name, None))
         shown = (
