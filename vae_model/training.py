@@ -87,6 +87,7 @@ def train(
     batch_size = min(training.batch_size, num_rows)
     num_replicas = strategy.num_replicas_in_sync
     batch_size -= batch_size % num_replicas
+    networks.vae.num_replicas = num_replicas
     # About 25 validations, each after whole executions of several steps.
     steps_per_execution = min(50, max(1, max_steps // 25))
     executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
@@ -94,6 +95,7 @@ def train(
     schedule = keras.optimizers.schedules.CosineDecay(training.learning_rate, max_steps, alpha=0.02)
     with strategy.scope():
         networks.vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
+        networks.vae.optimizer.build(networks.vae.trainable_variables)  # a compiled graph makes no variables
     # Validates and scores: in float32, and on one device, as every model that is loaded.
     plain = networks
     if num_replicas > 1 or training.precision != "float32":
@@ -145,7 +147,6 @@ def default_steps(num_rows: int, batch_size: int) -> int:
 def _compile_steps(vae: keras.Model, beta: Any) -> Any:
     """Keras's own training step, many times in one graph compiled by XLA: calls one by one take about twice as long."""
     step = tf.autograph.experimental.do_not_convert(vae.train_step)
-    vae.optimizer.build(vae.trainable_variables)  # a compiled graph makes no variables
 
     @tf.function(jit_compile=True)
     def advance(batches: Any, betas: Any) -> None:
@@ -159,13 +160,11 @@ def _compile_steps(vae: keras.Model, beta: Any) -> Any:
 def _mirror_steps(vae: keras.Model, beta: Any, strategy: tf.distribute.Strategy) -> Any:
     """The same on several devices: each takes the gradient of its part of a batch, and all apply their sum.
 
-    Keras divides a device's mean loss by their number, so that the sum is the gradient of the batch's mean; the norm is
+    A device's mean loss is divided by their number, so that the sum is the gradient of the batch's mean; its norm is
     clipped before. XLA cannot compile across devices.
     """
     step = tf.autograph.experimental.do_not_convert(vae.train_step)
     num_replicas = strategy.num_replicas_in_sync
-    with strategy.scope():
-        vae.optimizer.build(vae.trainable_variables)
 
     @tf.function
     def advance_all(parts: Any, betas: Any) -> None:
@@ -326,10 +325,7 @@ class _Watch:
         return arrays, scalars
 
     def _variables(self) -> list[Any]:
-        optimizer = self._vae.optimizer
-        if not optimizer.built:
-            optimizer.build(self._vae.trainable_variables)
-        return [*self._vae.weights, *optimizer.variables]
+        return [*self._vae.weights, *self._vae.optimizer.variables]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up the state that a checkpoint holds, if there is one."""
