@@ -41,12 +41,11 @@ def interrupt(stage, done, total, losses):
 
 
 run("one")
-run("two", strategy="mirrored", batch_size=51)
 assert _strategy("mirrored").num_replicas_in_sync == 2
 try:
-    run("resumed", interrupt, strategy="mirrored", batch_size=51)
+    run("two", interrupt, strategy="mirrored", batch_size=51)
 except InterruptedError:
-    run("resumed", resume=True, strategy="mirrored", batch_size=51)
+    run("two", resume=True, strategy="mirrored", batch_size=51)
 run("bfloat16", precision="mixed_bfloat16")
 """
 
@@ -66,7 +65,7 @@ def losses(bundle: Path) -> np.ndarray:
     return np.stack([table["loss"], table["val_loss"]], axis=1)
 
 
-def test_two_devices_train_as_one(bundles):
+def test_two_devices_train_as_one_although_interrupted(bundles):
     one, two = losses(bundles / "one"), losses(bundles / "two")
     assert one[0, 1] - one[-1, 1] > 1  # training moved it
     np.testing.assert_allclose(two, one, rtol=1e-4)
@@ -78,10 +77,6 @@ def test_two_devices_train_as_one(bundles):
 
 def test_a_batch_that_two_devices_cannot_share_evenly_is_a_row_smaller(bundles):
     assert json.loads((bundles / "two" / "card.json").read_text())["training"]["batch_size"] == 50
-
-
-def test_an_interrupted_training_on_two_devices_goes_on(bundles):
-    np.testing.assert_allclose(losses(bundles / "resumed"), losses(bundles / "two"), rtol=1e-6)
 
 
 def test_mixed_precision_trains_and_scores_in_float32(bundles):
