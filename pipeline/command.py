@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
     )
     stream.set_defaults(command=_run_demo_stream)
     provider = commands.add_parser(
-        "yaml_provider", help="Say where the file is that a Beam YAML pipeline includes.", formatter_class=formatter()
+        "yaml-provider", help="Say where the file is that a Beam YAML pipeline includes.", formatter_class=formatter()
     )
     provider.set_defaults(command=_print_provider)
 

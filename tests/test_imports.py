@@ -17,7 +17,7 @@ def test_light_modules_load_neither_tensorflow_nor_beam_nor_arrow(module):
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "score", "run", "evaluate", "inspect", "promote", "rollback", "demo", "yaml_provider"]
+    "command", ["fit", "score", "run", "evaluate", "inspect", "promote", "rollback", "demo", "yaml-provider"]
 )
 def test_help_loads_neither_tensorflow_nor_beam_nor_arrow(command):
     code = f"import beam_vae\ntry:\n    beam_vae.main(['{command}', '--help'])\nexcept SystemExit:\n    pass"

@@ -88,7 +88,7 @@ def expected(first, table) -> pa.Table:
 def test_the_example_scores_parquet_and_loses_nothing(first_uri, table, expected, tmp_path, capsys):
     pq.write_table(table.slice(0, 200), tmp_path / "in-0.parquet")
     pq.write_table(table.slice(200), tmp_path / "in-1.parquet")
-    assert beam_vae.main(["yaml_provider"]) == 0
+    assert beam_vae.main(["yaml-provider"]) == 0
     main.run(
         [
             f"--yaml_pipeline_file={EXAMPLE}",
