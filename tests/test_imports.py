@@ -16,7 +16,9 @@ def test_light_modules_load_neither_tensorflow_nor_beam_nor_arrow(module):
     assert not loaded_after(f"import {module}") & {"tensorflow", "keras", "apache_beam", "pyarrow", "pandas", "numpy"}
 
 
-@pytest.mark.parametrize("command", ["fit", "score", "run", "evaluate", "inspect", "promote", "rollback", "demo"])
+@pytest.mark.parametrize(
+    "command", ["fit", "score", "run", "evaluate", "inspect", "promote", "rollback", "demo", "yaml-provider"]
+)
 def test_help_loads_neither_tensorflow_nor_beam_nor_arrow(command):
     code = f"import beam_vae\ntry:\n    beam_vae.main(['{command}', '--help'])\nexcept SystemExit:\n    pass"
     assert not loaded_after(code) & {"tensorflow", "keras", "apache_beam", "pyarrow", "pandas", "numpy"}

@@ -90,6 +90,8 @@ def _add_fit(commands: Any) -> None:
         ("false_positive_rate", float, "Share of normal rows labelled anomalous."),
         ("contamination", float, "Share of anomalies in the data; sets the threshold instead."),
         ("buffer_mib", int, "Memory for shuffling."),
+        ("strategy", str, "mirrored: train on all GPUs of the machine."),
+        ("precision", str, "Of the hidden layers in training; mixed_bfloat16 for accelerators."),
     )
     add("--no_examples", action="store_true", default=None, help="Keep no real row in the bundle.")
 

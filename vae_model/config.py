@@ -113,6 +113,9 @@ class TrainingConfig(_Config):
         buffer_mib: Encoded rows held and shuffled at a time; tables that fit are read once.
         no_examples: Keep no real row in the bundle: the golden rows are then synthetic.
         seed: Of weights, shuffling, splits and the score's noise.
+        strategy: "mirrored" trains on all GPUs of the machine at once, each on its part of every batch.
+        precision: "mixed_bfloat16" trains the hidden layers in bfloat16, for accelerators that are faster
+            in it. Weights, likelihoods, validation and every score are float32 in any case.
     """
 
     max_steps: int | None = None
@@ -128,6 +131,8 @@ class TrainingConfig(_Config):
     buffer_mib: int = 256
     no_examples: bool = False
     seed: int = 0
+    strategy: str | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "patience", "buffer_mib"):
@@ -150,3 +155,6 @@ class TrainingConfig(_Config):
             "kl_warmup", self.kl_warmup, _is_number(self.kl_warmup) and 0 <= self.kl_warmup < 1, "a number in [0, 1)"
         )
         _require("seed", self.seed, _is_whole(self.seed, 0), "a whole number >= 0")
+        _require("strategy", self.strategy, self.strategy in (None, "mirrored"), "'mirrored' or None")
+        precisions = ("float32", "mixed_bfloat16")
+        _require("precision", self.precision, self.precision in precisions, " or ".join(map(repr, precisions)))

@@ -31,6 +31,8 @@ class VAE(keras.Model):
     (batch, features)`, `z_mean` and `z_log_var (batch, latent_dim)`.
     """
 
+    num_replicas = 1  # devices that train it together
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reconstruction_loss = keras.metrics.Mean("reconstruction_loss")
@@ -44,7 +46,8 @@ class VAE(keras.Model):
         self._reconstruction_loss.update_state(reconstruction)
         self._kl_loss.update_state(kl_to_standard_normal(y_pred["z_mean"], y_pred["z_log_var"]))
         # Plus: -ELBO = -E_q[log p(x|z)] + KL. With a minus the loss has no lower bound.
-        return ops.mean(reconstruction) + sum(self.losses)
+        # Divided as Keras's own losses are: gradients are summed over devices, and the loss that is told is multiplied.
+        return (ops.mean(reconstruction) + sum(self.losses)) / self.num_replicas
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -79,15 +80,27 @@ def train(
         ValueError: The checkpoint is of another training.
     """
     keras.utils.set_random_seed(training.seed)
-    networks = build_vae(schema, config, seed=training.seed)
+    strategy = _strategy(training.strategy)
+    with strategy.scope(), _dtype_policy(training.precision):
+        networks = build_vae(schema, config, seed=training.seed)
     max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
     batch_size = min(training.batch_size, num_rows)
+    num_replicas = strategy.num_replicas_in_sync
+    batch_size -= batch_size % num_replicas
+    networks.vae.num_replicas = num_replicas
     # About 25 validations, each after whole executions of several steps.
     steps_per_execution = min(50, max(1, max_steps // 25))
     executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
     max_steps -= max_steps % (steps_per_execution * executions_per_validation)
     schedule = keras.optimizers.schedules.CosineDecay(training.learning_rate, max_steps, alpha=0.02)
-    networks.vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
+    with strategy.scope():
+        networks.vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
+        networks.vae.optimizer.build(networks.vae.trainable_variables)  # a compiled graph makes no variables
+    # Validates and scores: in float32, and on one device, as every model that is loaded.
+    plain = networks
+    if num_replicas > 1 or training.precision != "float32":
+        plain = build_vae(schema, config, seed=training.seed)
+        plain.vae.compile(jit_compile=False)
     watch = _Watch(networks, config.beta, int(training.kl_warmup * max_steps), training.patience, max_steps)
     identity = {"schema": schema.to_json(), "config": config.to_json(), "training": training.to_json()}
     state = Checkpoint(checkpoint, identity | {"num_rows": num_rows}) if checkpoint else None
@@ -95,7 +108,10 @@ def train(
         watch.load(state)
     rows = _executions(shuffled, num_rows, steps_per_execution, batch_size, training.seed, networks, first=watch.step)
     executions = iter(rows)
-    advance = _compile_steps(networks.vae, networks.vae.get_layer("kl").weight)
+    if num_replicas == 1:
+        advance = _compile_steps(networks.vae, networks.vae.get_layer("kl").weight)
+    else:
+        advance = _mirror_steps(networks.vae, networks.vae.get_layer("kl").weight, strategy)
     # The same noise every time: validations differ by their weights alone.
     noise = _noise(len(validation["present"]), networks, [training.seed])
     held_out = tf.data.Dataset.from_tensor_slices(validation | {"noise": noise}).batch(4096)
@@ -107,16 +123,20 @@ def train(
             watch.see(losses)
             if on_progress:
                 on_progress(watch.step, max_steps, losses)
-        found = networks.vae.evaluate(held_out, verbose=0, return_dict=True)
+        if plain is not networks:
+            plain.load_weights(networks.weights)
+        found = plain.vae.evaluate(held_out, verbose=0, return_dict=True)
         watch.validated(losses | {f"val_{name}": float(value) for name, value in found.items()})
         if state:
             state.save(*watch.state())
     watch.restore()
-    latent_dim = networks.encoder.outputs[0].shape[-1]
-    scorer = ElboScorer(networks, draw_noise(config.num_samples, latent_dim, training.seed))
+    if plain is not networks:
+        plain.load_weights(networks.weights)
+    latent_dim = plain.encoder.outputs[0].shape[-1]
+    scorer = ElboScorer(plain, draw_noise(config.num_samples, latent_dim, training.seed))
     summary = {"max_steps": max_steps, "batch_size": batch_size, "num_training_rows": num_rows, **watch.summary()}
     summary |= _posterior(scorer, validation)
-    return TrainedModel(networks, scorer, watch.history, summary)
+    return TrainedModel(plain, scorer, watch.history, summary)
 
 
 def default_steps(num_rows: int, batch_size: int) -> int:
@@ -127,7 +147,6 @@ def default_steps(num_rows: int, batch_size: int) -> int:
 def _compile_steps(vae: keras.Model, beta: Any) -> Any:
     """Keras's own training step, many times in one graph compiled by XLA: calls one by one take about twice as long."""
     step = tf.autograph.experimental.do_not_convert(vae.train_step)
-    vae.optimizer.build(vae.trainable_variables)  # a compiled graph makes no variables
 
     @tf.function(jit_compile=True)
     def advance(batches: Any, betas: Any) -> None:
@@ -136,6 +155,53 @@ def _compile_steps(vae: keras.Model, beta: Any) -> Any:
             step({name: values[i] for name, values in batches.items()})
 
     return advance
+
+
+def _mirror_steps(vae: keras.Model, beta: Any, strategy: tf.distribute.Strategy) -> Any:
+    """The same on several devices: each takes the gradient of its part of a batch, and all apply their sum.
+
+    A device's mean loss is divided by their number, so that the sum is the gradient of the batch's mean; its norm is
+    clipped before. XLA cannot compile across devices.
+    """
+    step = tf.autograph.experimental.do_not_convert(vae.train_step)
+    num_replicas = strategy.num_replicas_in_sync
+
+    @tf.function
+    def advance_all(parts: Any, betas: Any) -> None:
+        for i in tf.range(tf.shape(betas)[0]):
+            beta.assign(betas[i])
+            strategy.run(lambda part, i: step({name: rows[i] for name, rows in part.items()}), args=(parts, i))
+
+    def advance(batches: Any, betas: Any) -> None:
+        def part(context: Any) -> Any:
+            return {name: rows[:, context.replica_id_in_sync_group :: num_replicas] for name, rows in batches.items()}
+
+        with strategy.scope():
+            advance_all(strategy.experimental_distribute_values_from_function(part), betas)
+
+    return advance
+
+
+def _strategy(name: str | None) -> tf.distribute.Strategy:
+    """Mirrored: on all GPUs, or, where there are none, on all logical CPUs; TensorFlow's default on one device."""
+    if name is None:
+        return tf.distribute.get_strategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(devices) < 2:
+        logger.warning("strategy mirrored: found one device, %s, and trains on it as without", devices[0].name)
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Keras's policy for layers that are built meanwhile."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _executions(
@@ -231,7 +297,7 @@ class _Watch:
         Raises:
             TrainingError: Its loss is not finite.
         """
-        self.history.append({"step": self.step, "beta": float(self._beta_weight), **losses})
+        self.history.append({"step": self.step, "beta": float(np.asarray(self._beta_weight)), **losses})
         if not math.isfinite(losses["val_loss"]):
             raise TrainingError(f"the validation loss is not finite at step {self.step:,}: {losses}")
         # Under a smaller beta the loss is another one: nothing counts before the warm-up is over.
@@ -259,10 +325,7 @@ class _Watch:
         return arrays, scalars
 
     def _variables(self) -> list[Any]:
-        optimizer = self._vae.optimizer
-        if not optimizer.built:
-            optimizer.build(self._vae.trainable_variables)
-        return [*self._vae.weights, *optimizer.variables]
+        return [*self._vae.weights, *self._vae.optimizer.variables]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes up the state that a checkpoint holds, if there is one."""
