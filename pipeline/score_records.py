@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
@@ -195,10 +195,14 @@ class ScoreRecords(beam.PTransform):
                 tuple[int, tuple[Any, int, Any]]
             )
             do_fn = _ScoreAcrossBundles(scorer, self.max_batch_size, self.max_batch_duration_secs)
-        score = beam.ParDo(do_fn).with_output_types(self._output_type(records.element_type))
+        output_type = self._output_type(records.element_type)
+        score = beam.ParDo(do_fn).with_output_types(output_type)
         outputs = batches | "Score" >> score.with_outputs("dead_letters", main="scored")
         outputs.dead_letters.element_type = pa.Table
-        return ScoredRecords(outputs.scored, outputs.dead_letters)
+        # What a step sends as its Beam bundle ends, Beam 2.77 does not pass on to a step that takes batches, such as
+        # `WriteToParquet` of rows: so there is another one between.
+        scored = outputs.scored | "PassOn" >> beam.ParDo(_PassOn()).with_output_types(output_type)
+        return ScoredRecords(scored, outputs.dead_letters)
 
     def _output_type(self, element_type: Any) -> Any:
         parts: Sequence[Any] = getattr(element_type, "tuple_types", ())
@@ -256,7 +260,8 @@ def _score_types(reasons: int, prefix: str) -> dict[str, Any]:
 
 def _python_type(field: pa.Field, optional: bool = True) -> Any:
     kind: Any = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str}[field.type]
-    return kind | None if optional and kind is str else kind
+    # Beam's sinks do not know `str | None`.
+    return Optional[kind] if optional and kind is str else kind  # noqa: UP045
 
 
 # ---- a batch of elements ---------------------------------------------------------------------------
@@ -525,6 +530,11 @@ class _ScoreInBundle(beam.DoFn):
     def finish_bundle(self) -> Iterator[Any]:
         batch, self._batch = self._batch, []
         return self._scorer.score(batch)
+
+
+class _PassOn(beam.DoFn):
+    def process(self, element: Any) -> tuple[Any]:
+        return (element,)
 
 
 # ---- across Beam bundles ---------------------------------------------------------------------------

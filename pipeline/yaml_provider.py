@@ -107,8 +107,6 @@ class ScoreAnomalies(beam.PTransform):
         fields = dict(scored.element_type._fields)
         if self._reasons:
             fields[self._column] = Sequence[Reason]
-        # Always a step of its own: what a step sends as its Beam bundle ends, Beam 2.77 does not pass on to a next
-        # step that takes batches, such as `WriteToParquet`.
         finish = beam.Map(_with_reasons, self._column if self._reasons else None)
         scored = scored | "Rows" >> finish.with_output_types(RowTypeConstraint.from_fields([*fields.items()]))
         if self._error_output is None:

@@ -214,6 +214,21 @@ def test_rows_that_beam_reads_from_parquet_are_scored(table, expected, bundle_ur
         assert abs(value.anomaly_score - expected[value.id][0]) <= expected[value.id][1]
 
 
+def test_rows_reach_a_step_that_takes_batches(table, bundle_uri, tmp_path):
+    """Beam's own sink for Parquet is one; of what a step sends as its Beam bundle ends, it would get nothing."""
+    plain = table.slice(0, 100).select(["length", "weight", "count", "color", "is_large", "site", "unit", "id"])
+    for name in ("size", "price", "seen_at"):
+        plain = plain.append_column(name, pa.nulls(100, pa.string()))
+    pq.write_table(plain, tmp_path / "rows.parquet")
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        rows = pipeline | beam.io.ReadFromParquet(str(tmp_path / "rows.parquet"), as_rows=True)
+        scored, _ = rows | ScoreRecords(bundle_uri)
+        scored | beam.io.WriteToParquet(str(tmp_path / "out"))
+    written = pa.concat_tables(map(pq.read_table, tmp_path.glob("out*")))
+    assert sorted(written["id"].to_pylist()) == sorted(plain["id"].to_pylist())
+    assert written.column_names[-4:] == SCORES
+
+
 def test_rows_of_a_known_type_become_rows_of_a_known_type(records, bundle_uri):
     pipeline = beam.Pipeline(runner="FnApiRunner")
     rows = pipeline | beam.Create([as_item(records[0])]).with_output_types(ITEM)
