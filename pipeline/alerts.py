@@ -299,8 +299,8 @@ class SelectDiscoveries(beam.PTransform):
         q: The false discovery rate aimed at, per window and key.
         key: Column whose text is the key; without it, the key of keyed elements `(key, record)`, or none.
         prefix: Of the score columns' names.
-        min_p_value: Least p-value to believe. 1 / (n + 1), for n calibration rows, leaves out what the tail's
-            estimate adds, on which no guarantee holds.
+        min_p_value: Least p-value to believe, in [0, 1). 1 / (n + 1), for n calibration rows, leaves out what the
+            tail's estimate adds, on which no guarantee holds.
     """
 
     q: float
@@ -311,6 +311,7 @@ class SelectDiscoveries(beam.PTransform):
     def __post_init__(self) -> None:
         super().__init__()
         require_share("q", self.q)
+        _require_floor(self.min_p_value)
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[dict[str, Any]]:
         refuse_endless("SelectDiscoveries", scored)
@@ -324,6 +325,11 @@ class SelectDiscoveries(beam.PTransform):
             | "Fold" >> FoldPerWindow(fold)
             | "Select" >> beam.ParDo(_Select(self.q, self.min_p_value)).with_output_types(dict[str, Any])
         )
+
+
+def _require_floor(min_p_value: float) -> None:
+    if not 0 <= min_p_value < 1:
+        raise ValueError(f"min_p_value: expected a number in [0, 1), got {min_p_value!r}")
 
 
 class _CandidateFold(Fold):
@@ -400,6 +406,7 @@ class ControlFalseDiscoveries(beam.PTransform):
         if self.procedure not in PROCEDURES:
             raise ValueError(f"procedure: expected one of {', '.join(PROCEDURES)}, got {self.procedure!r}")
         require_share("alpha", self.alpha)
+        _require_floor(self.min_p_value)
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[dict[str, Any]]:
         procedure = PROCEDURES[self.procedure](self.alpha)

@@ -41,7 +41,8 @@ class MeasureDrift(beam.PTransform):
     """One dict of `DRIFT_SCHEMA` per window and column of the model, from tables or records, scored or not.
 
     What `status` means is said by `vae_model.drift.ColumnDrift`. Rows that could not be scored are `num_rejected` and
-    count nowhere else. Windows, triggers and lateness are those of the input.
+    count nowhere else. In records, an absent key is a missing value: measure those that still have the columns that the
+    model reads. Windows, triggers and lateness are those of the input.
 
     Args:
         bundle: Directory, URI or pointer; rows are compared with the training rows of the version that it names

@@ -39,6 +39,7 @@ _IDLE_SECS = 0.2  # until an idle partition is asked again
 _CHECK_SECS = 1.0  # between questions for the end of an idle partition
 _PARK_SECS = 60.0
 _TELL_SECS = 60.0
+_MAX_AHEAD_SECS = 3600.0  # of the clock: brokers' own limit since Kafka 4
 _END_OF_TIME = GlobalWindow().max_timestamp()
 _STARTS = ("earliest", "latest", "committed")
 
@@ -50,7 +51,7 @@ class KafkaRecord(NamedTuple):
         topic: Its topic.
         partition: Its partition.
         offset: Its place there.
-        timestamp: As Kafka has it, also the element's.
+        timestamp: As Kafka has it, also the element's; the time of reading where Kafka's cannot be.
         key: Bytes, or None.
         value: Bytes, or None for a tombstone.
         headers: Pairs of a name and bytes, or None.
@@ -334,6 +335,8 @@ class _ReadTo(beam.DoFn, Offsets):
         self._source = source
         self._cluster = source._cluster()
         self._num_records = Metrics.counter(NAMESPACE, "kafka_records_read")
+        self._bad_timestamps = Metrics.counter(NAMESPACE, "kafka_bad_timestamps")
+        self._told_of_timestamps = False
         self._told: set[str] = set()
         self._tell_at = 0.0
 
@@ -409,7 +412,11 @@ class _ReadTo(beam.DoFn, Offsets):
             latest = None
             for record in records:
                 timestamp = _timestamp(record)
-                latest = timestamp if latest is None else max(latest, timestamp)
+                if timestamp is None:
+                    timestamp = Timestamp.now()
+                    self._tell_of_bad_timestamp(partition, record)
+                else:
+                    latest = timestamp if latest is None else max(latest, timestamp)
                 yield TimestampedValue(self._element(record, timestamp), timestamp)
             if records:
                 partition.claimed = records[-1].offset() + 1
@@ -417,7 +424,7 @@ class _ReadTo(beam.DoFn, Offsets):
                 self._num_records.inc(len(records))
             else:
                 ended_at = partition.ended_at()
-                if ended_at is not None and not is_endless:
+                if ended_at is not None and not is_endless and partition.next < stop:
                     raise RuntimeError(f"{partition.place}: expected records up to {stop}, got an end before")
                 latest = None if ended_at is None else Timestamp(ended_at)
             if latest is not None:
@@ -426,6 +433,18 @@ class _ReadTo(beam.DoFn, Offsets):
                 tracker.defer_remainder(Duration() if records else Duration(_IDLE_SECS))
                 return
         tracker.try_claim(stop)  # offsets at the end that hold no record
+
+    def _tell_of_bad_timestamp(self, partition: _Partition, record: Message) -> None:
+        self._bad_timestamps.inc()
+        if not self._told_of_timestamps:
+            self._told_of_timestamps = True
+            logger.warning(
+                "%s: offset %d: expected a timestamp from 1970 to an hour from now, got %d ms; such records get the "
+                "time of reading (told once, counted in kafka_bad_timestamps)",
+                partition.place,
+                record.offset(),
+                record.timestamp()[1],
+            )
 
     def _element(self, record: Message, timestamp: Timestamp) -> Record | KafkaRecord:
         if not self._source.with_metadata:
@@ -464,9 +483,12 @@ class _ReadOnAndCommit(_ReadTo):
         yield from self._read(element, tracker, watermark, finalizer)
 
 
-def _timestamp(record: Message) -> Timestamp:
+def _timestamp(record: Message) -> Timestamp | None:
+    """A record's time; None if that cannot be, such as nanoseconds in the place of milliseconds."""
     kind, millis = record.timestamp()
-    return Timestamp(micros=1000 * millis) if kind else Timestamp.now()  # before Kafka 0.10 there was none
+    if not kind:
+        return Timestamp.now()  # before Kafka 0.10 there was none
+    return Timestamp(micros=1000 * millis) if 0 <= millis <= 1000 * (time.time() + _MAX_AHEAD_SECS) else None
 
 
 def _commit(cluster: _Cluster, topic: str, number: int, offset: int) -> None:
@@ -557,8 +579,10 @@ class ReadKafka(beam.PTransform):
     it is `max_delay_secs` behind the clock, so that an idle partition does not hold up the others.
 
     A broker that does not answer is asked again for `timeout_secs`, then the step fails and the runner tries again.
-    Offsets that were deleted before they were read are counted (`kafka_offsets_lost`) and told, and reading goes on
-    at the first that is left. Partitions that are added later are read after a restart, or with `discover_secs`.
+    Offsets that were deleted before they were read are counted (`kafka_offsets_lost`) and told, and reading goes on at
+    the first that is left. A record whose timestamp is before 1970 or more than an hour ahead of the clock gets the
+    time of reading instead, moves no watermark, and is counted (`kafka_bad_timestamps`). Partitions that are added
+    later are read after a restart, or with `discover_secs`.
 
     Args:
         bootstrap_servers: "HOST:PORT", several separated by commas.

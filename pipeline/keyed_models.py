@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import numbers
 import os
 import re
 import threading
@@ -50,8 +51,9 @@ class KeyedModels:
     Threads and DoFns of one process share them. It pickles, without the models.
 
     Args:
-        models_by_key: URI of each key's bundle or pointer; or one URI for all with `{key}` in it, such as
-            `gs://models/{key}/current.json`, where keys may come that were not there at launch.
+        models_by_key: URI of each key's bundle or pointer, keys being text, bytes or whole numbers; or one URI for all
+            with `{key}` in it, such as `gs://models/{key}/current.json`, where keys may come that were not there at
+            launch.
         default: URI of the bundle or pointer for keys that have none; without it, their records are dead letters.
         max_bytes: Of weights and calibrations to keep in memory per process; the models used least recently go first.
         retry_secs: How long a model that cannot be loaded is left alone.
@@ -78,10 +80,12 @@ class KeyedModels:
             self.template: str | None = files.absolute(models_by_key)
             self.models: dict[str, str] = {}
         else:
-            if "" in models_by_key:
-                raise ValueError("models_by_key: expected keys of at least one character, got an empty one")
             self.template = None
-            self.models = {key: files.absolute(uri) for key, uri in models_by_key.items()}
+            self.models = {_key_text(key): files.absolute(uri) for key, uri in models_by_key.items()}
+            if "" in self.models:
+                raise ValueError("models_by_key: expected keys of at least one character, got an empty one")
+            if len(self.models) < len(models_by_key):
+                raise ValueError("models_by_key: expected keys that differ as text, got two that do not")
         if not max_bytes > 0:
             raise ValueError(f"max_bytes: expected a number > 0, got {max_bytes}")
         self.default = None if default is None else files.absolute(default)
@@ -148,6 +152,14 @@ class KeyedModels:
             expected = "expected letters, digits and any of _ . = @ + - behind the first, at most 200"
             raise KeyedModelError(f"key: {expected}, got {str(key)[:60]!r}", "invalid_key")
         return self.template.replace("{key}", str(key))
+
+
+def _key_text(key: Any) -> str:
+    if isinstance(key, bytes):
+        return key.decode()
+    if isinstance(key, bool) or not isinstance(key, str | numbers.Integral):
+        raise ValueError(f"models_by_key: expected keys of text or whole numbers, got {type(key).__name__}")
+    return str(key)
 
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]{0,199}")

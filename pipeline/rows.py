@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import numbers
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -33,6 +34,7 @@ from vae_model.tables import cast_cells, is_text
 
 INPUT_FORMATS = (None, "json", "avro")
 OUTPUTS = ("record", "json", "avro", "anomaly_result")
+MAX_LEVELS = 200  # of a JSON text; whoever reads it after us recurses
 
 
 class Fault(NamedTuple):
@@ -161,6 +163,7 @@ def _allowed(kind: pa.DataType) -> set[type]:
     return {str, bool, int, float}
 
 
+_FINER = ("ns", "ps", "fs", "as")  # than microseconds
 _MISSING: tuple[type, Any] = (_NONE, None)
 _WRONG: tuple[type, Any] = (object, None)
 
@@ -174,7 +177,12 @@ def _plain(value: Any, reading: Reading) -> tuple[type, Any]:
     if isinstance(value, np.datetime64 | np.timedelta64):
         if np.isnat(value):
             return _MISSING
-        value = value.astype("datetime64[us]" if isinstance(value, np.datetime64) else "timedelta64[us]")
+        whole = value.astype("datetime64[us]" if isinstance(value, np.datetime64) else "timedelta64[us]")
+        if np.datetime_data(value.dtype)[0] not in _FINER and whole.astype(value.dtype) != value:
+            return _WRONG  # beyond 64 bits, NumPy begins again
+        if isinstance(value, np.datetime64) and not isinstance(whole.item(), datetime.datetime):
+            return _WRONG  # beyond the years 1 to 9999
+        value = whole
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):
@@ -269,6 +277,8 @@ def read_json(texts: Sequence[bytes], wanted: Sequence[Reading], taken: Sequence
     for row, text in enumerate(texts):
         try:
             record = loads(text)
+            if len(text) > 2 * MAX_LEVELS and _is_deep(text):
+                raise RecursionError
             cells += get(record)
         except (KeyError, TypeError, ValueError, RecursionError):
             record, fault = _parse_message(text)
@@ -326,14 +336,31 @@ def _loads(text: bytes) -> Any:
 def _parse_message(text: bytes) -> tuple[dict[str, Any], Fault | None]:
     try:
         record = _loads(text)
-        if type(record) is dict:
-            return record, None
     except (ValueError, RecursionError):  # it may be what Python takes: NaN, infinity, numbers out of range
-        pass
+        record = None
     try:
-        return parse_object(text), None
+        if type(record) is not dict:
+            record = parse_object(text)
+        if _is_deep(text):
+            raise ValueError(f"one of more than {MAX_LEVELS} levels")
+        return record, None
     except (ValueError, RecursionError) as error:
         return {}, Fault(None, "malformed_record", f"expected a JSON object, got {error}")
+
+
+def _is_deep(text: bytes) -> bool:
+    """Whether a JSON text has more than `MAX_LEVELS`, which other parsers, Python's own too, may refuse."""
+    if text.rfind(b"{") <= 0 and ord("[") not in text:  # as most are, and faster to find out than numbers
+        return False
+    if text.count(b"{") + text.count(b"[") <= MAX_LEVELS:
+        return False
+    brackets = _TEXT.sub(b"", text).translate(None, _NO_BRACKETS)
+    opens = np.isin(np.frombuffer(brackets, np.uint8), np.frombuffer(b"{[", np.uint8))
+    return bool(np.cumsum(np.where(opens, 1, -1)).max(initial=0) > MAX_LEVELS)
+
+
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 
 
 def name_clash(record: Mapping[Any, Any], taken: Sequence[str]) -> Fault:
@@ -411,7 +438,7 @@ def form_of(kind: type, avro: bool = False) -> Form | None:
     if issubclass(kind, tuple) and hasattr(kind, "_asdict"):
         return Form("record", lambda element: element._asdict(), _row, is_row=True)
     if dataclasses.is_dataclass(kind):
-        return Form("record", vars, _row, is_row=True)
+        return Form("record", _fields, _row, is_row=True)
     if issubclass(kind, Mapping):
         return Form("record", dict, _scored)
     if issubclass(kind, PubsubMessage):
@@ -423,6 +450,11 @@ def form_of(kind: type, avro: bool = False) -> Form | None:
     if issubclass(kind, str) and not avro:
         return Form("json", _encoded, lambda _, text: text.decode())
     return None
+
+
+def _fields(element: Any) -> dict[str, Any]:
+    """Of a dataclass, which with slots has no `vars`."""
+    return {field.name: getattr(element, field.name, None) for field in dataclasses.fields(element)}
 
 
 def _with_scored(message: PubsubMessage, scored: Any) -> PubsubMessage:
@@ -494,7 +526,10 @@ def _read_each(read: Callable[[Any], Any], sources: Sequence[Any]) -> tuple[list
 
 
 def json_text(value: Any) -> str:
-    """Any Python value as JSON: NaN is null, infinity and what JSON lacks are strings, bytes are base64."""
+    """Any Python value as JSON: NaN is null, infinity and what JSON lacks are strings, bytes are base64.
+
+    Integers of more digits than Python writes are hexadecimal strings.
+    """
     try:
         return json.dumps(value, default=_json_default, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
@@ -522,34 +557,46 @@ def _json_default(value: Any) -> Any:
 
 
 def _cleaned(value: Any, depth: int) -> Any:
-    if depth > 100:
+    if depth > MAX_LEVELS:
         return "..."
     if isinstance(value, float):
         return value if math.isfinite(value) else None if value != value else str(value)
+    if isinstance(value, int):
+        return value if _digits(value) != _WRONG else hex(value)
     if isinstance(value, beam.Row):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {str(key): _cleaned(item, depth + 1) for key, item in value.items()}
+        names = (_cleaned(key, depth) if isinstance(key, int) else key for key in value)
+        return {str(name): _cleaned(item, depth + 1) for name, item in zip(names, value.values(), strict=True)}
     if isinstance(value, list | tuple | set | frozenset):
         return [_cleaned(item, depth + 1) for item in value]
     return value
 
 
-def payload(element: Any) -> tuple[str, str]:
-    """An element as text for a letter, and the format of that text: json or base64."""
+def payload(element: Any, avro: bool = False) -> tuple[str, str]:
+    """An element as text for a letter, and the format of that text: json or base64.
+
+    Args:
+        element: Of any type.
+        avro: Whether bytes and messages hold Avro, which may look like text.
+    """
     if isinstance(element, PubsubMessage):
         element = _data(element)
     if isinstance(element, str):
         return element.encode(errors="backslashreplace").decode(), "json"
     if isinstance(element, bytes | bytearray):
         try:
-            return bytes(element).decode(), "json"
+            if not avro:
+                return bytes(element).decode(), "json"
         except UnicodeDecodeError:
-            return base64.b64encode(element).decode(), "base64"
+            pass
+        return base64.b64encode(element).decode(), "base64"
     if isinstance(element, tuple) and hasattr(element, "_asdict"):
         element = element._asdict()
-    elif dataclasses.is_dataclass(element) or isinstance(element, beam.Row):
+    elif isinstance(element, beam.Row):
         element = vars(element)
+    elif dataclasses.is_dataclass(element) and not isinstance(element, type):
+        element = _fields(element)
     return json_text(element), "json"
 
 
@@ -676,9 +723,4 @@ class Writer:
 
 def _exact(batch: Batch) -> Sequence[dict[Any, Any]]:
     """The records; those of JSON with whole numbers of any size."""
-    if batch.form.kind != "json":
-        return batch.records
-    try:
-        return [parse_object(text) for text in batch.contents]
-    except RecursionError:  # orjson goes deeper
-        return [_parse_message(text)[0] for text in batch.contents]
+    return [parse_object(text) for text in batch.contents] if batch.form.kind == "json" else batch.records

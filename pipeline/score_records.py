@@ -57,7 +57,8 @@ from pipeline.rows import (
     readings,
     shown,
 )
-from pipeline.transforms import refresh_secs
+from pipeline.scored import is_keyed
+from pipeline.transforms import refresh_secs, refuse_threshold
 from vae_model.bundle import Bundle, score_fields
 
 _NUM_SHARDS = 8  # batches that can fill at the same time, with max_batch_duration_secs
@@ -80,7 +81,7 @@ class ScoreRecords(beam.PTransform):
     Args:
         bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
         reasons: Strangest columns to explain per record.
-        threshold: Score, in nats, that replaces the bundle's.
+        threshold: Score, in nats, that replaces the bundle's; see `ScoreTables`.
         prefix: Of the score columns' names.
         columns: Input columns to keep; None keeps all, an empty list the scores alone.
         input_format: What bytes, text and messages hold: "json" (also by default) or "avro".
@@ -179,6 +180,8 @@ class ScoreRecords(beam.PTransform):
     def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
         refresh = refresh_secs(self.model_refresh_secs, records)
         launched = self.launched if self._launched_name else None  # a default model that cannot be used is told now
+        if launched:
+            refuse_threshold(self.threshold, launched, refresh)
         avro = AvroReader(self.avro_schema) if self.input_format == "avro" else None
         avro_writer = self._avro_writer(avro) if avro is not None and self.output == "avro" else None
         scorer = _RecordScorer(
@@ -338,7 +341,7 @@ class _RecordScorer:
         """What each element becomes, or its `Fault`."""
         kinds = list(map(type, elements))
         if tuple in kinds:
-            pairs = list(map(_is_pair, elements))
+            pairs = list(map(is_keyed, elements))
             keys = [element[0] if pair else None for element, pair in zip(elements, pairs, strict=True)]
             records = [element[1] if pair else element for element, pair in zip(elements, pairs, strict=True)]
             outcomes = self._by_kind(bundle, list(map(type, records)), records, keys)
@@ -430,7 +433,7 @@ class _RecordScorer:
     def _dead_letters(self, batch: list[WindowedValue], faults: dict[int, Fault], version: str | None) -> Iterator[Any]:
         elements = [batch[row].value for row in faults]
         letters = record_letters(
-            [payload(element[1] if _is_pair(element) else element) for element in elements],
+            [payload(element[1] if is_keyed(element) else element, self._avro is not None) for element in elements],
             list(faults.values()),
             attributes=list(map(_attributes, elements)),
             event_times=[event_time(batch[row].timestamp_micros) for row in faults],
@@ -462,15 +465,10 @@ def _each(labels: Sequence[Any], outcomes_of: Callable[[Any, Sequence[int]], lis
     return outcomes
 
 
-def _is_pair(element: Any) -> bool:
-    """Whether an element is a key and a record."""
-    return type(element) is tuple and len(element) == 2
-
-
 def _attributes(element: Any) -> dict[str, str] | None:
     """Of a message, and the key of a pair."""
     key = {}
-    if _is_pair(element):
+    if is_keyed(element):
         key, element = {"key": payload(element[0])[0]}, element[1]
     own = element.attributes if isinstance(element, PubsubMessage) else None
     return {**(own or {}), **key} if own or key else None

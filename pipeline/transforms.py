@@ -37,7 +37,7 @@ class ScoreTables(beam.PTransform):
     Args:
         bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
         reasons: Strangest columns to explain per row.
-        threshold: Score, in nats, that replaces the bundle's.
+        threshold: Score, in nats, that replaces the bundle's; None where a pointer is followed.
         prefix: Of the score columns' names.
         columns: Input columns to keep; None keeps all, an empty list the scores alone.
         model_refresh_secs: How often a pointer is read again while the pipeline runs, 0 for never: the version is
@@ -84,8 +84,10 @@ class ScoreTables(beam.PTransform):
         return pa.schema(fields + score_fields(self.reasons, self.prefix))
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
+        refresh = refresh_secs(self.model_refresh_secs, tables)
+        refuse_threshold(self.threshold, self.launched, refresh)
         do_fn = VAEScoreDoFn(
-            self.launched.source(refresh_secs(self.model_refresh_secs, tables), self.input_schema),
+            self.launched.source(refresh, self.input_schema),
             reasons=self.reasons,
             threshold=self.threshold,
             prefix=self.prefix,
@@ -101,6 +103,15 @@ def refresh_secs(asked: float | None, records: beam.PCollection[Any]) -> float:
         return asked
     streaming = not records.is_bounded or records.pipeline.options.view_as(StandardOptions).streaming
     return REFRESH_SECS if streaming else 0.0
+
+
+def refuse_threshold(threshold: float | None, launched: Launched, refresh: float) -> None:
+    """Raises `ValueError` where a threshold in nats would stay while the model it is for is swapped."""
+    if threshold is not None and launched.pointer is not None and refresh:
+        raise ValueError(
+            f"threshold: expected None with a pointer that is followed ({launched.name}), for scores compare within "
+            "one model; name the bundle itself, or set model_refresh_secs=0"
+        )
 
 
 @beam.typehints.with_input_types(pa.Table)

@@ -274,6 +274,8 @@ def test_online_discoveries_are_those_of_the_procedure_by_key(name, kind):
         (lambda: SelectDiscoveries(1.5), r"q: expected a number in \(0, 1\), got 1.5"),
         (lambda: ControlFalseDiscoveries(0), r"alpha: expected a number in \(0, 1\), got 0"),
         (lambda: ControlFalseDiscoveries(0.1, "bonferroni"), "procedure: expected one of lord, saffron"),
+        (lambda: SelectDiscoveries(0.1, min_p_value=1), r"min_p_value: expected a number in \[0, 1\), got 1"),
+        (lambda: ControlFalseDiscoveries(0.1, min_p_value=-0.1), r"min_p_value: expected a number in \[0, 1\)"),
         (lambda: AlertOnDeadLetters(1.5), r"max_fraction: expected a number in \[0, 1\], got 1.5"),
         (lambda: AlertOnDeadLetters(0.1, 0), "window_secs: expected seconds > 0, got 0"),
     ],

@@ -331,6 +331,25 @@ def test_without_an_answer_time_stands_still_and_then_reading_fails(step, monkey
     assert "/t[0]: expected its offsets within 2 s, got " in str(error)
 
 
+def test_times_that_cannot_be_cost_neither_the_partition_nor_its_watermark(brokers, step, caplog):
+    now = round(1000 * time.time())
+    times = [MILLIS, MILLIS * 10**6, now + 86_400_000, now + 60_000, MILLIS + 1]
+    brokers.send("strange", [(0, millis, None, b"%d" % i) for i, millis in enumerate(times[:3])])
+    element = ("strange", 0, NUM_PARTITIONS)
+    outputs, leg = read_on(step(max_delay_secs=0), 0, 3, element)
+    assert leg.watermark.current_watermark() == Timestamp(micros=1000 * MILLIS)
+    read = [output.timestamp.micros / 1e3 for output in outputs]
+    assert read[0] == MILLIS
+    assert all(now <= millis <= 1000 * time.time() for millis in read[1:])
+    [line] = [record.getMessage() for record in caplog.records if "expected a timestamp" in record.getMessage()]
+    assert f"/strange[0]: offset 1: expected a timestamp from 1970 to an hour from now, got {times[1]} ms" in line
+    brokers.send("strange", [(0, millis, None, b"%d" % (3 + i)) for i, millis in enumerate(times[3:])])
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        got = pipeline | ReadKafka(brokers.servers, "strange", until="now") | beam.Reshuffle() | beam.Values()
+        assert_that(got, equal_to([b"%d" % i for i in range(5)]))
+    assert counters(pipeline.result, "kafka_bad_timestamps") == 2
+
+
 # ---- offsets that are gone ---------------------------------------------------------------------
 
 
@@ -366,6 +385,19 @@ with beam.Pipeline(runner="FnApiRunner") as pipeline:
     records = pipeline | ReadKafka(servers, "live", group_id="job", timeout_secs=20)
     records | WriteKafka(servers, "copied")
 """
+
+
+def test_an_end_may_have_no_records_while_newer_ones_come(brokers, step, monkeypatch):
+    """As where a transaction's marks, or compaction, leave offsets without a record."""
+    brokers.send("marks", numbered(12))
+    monkeypatch.setattr(module, "_CHECK_SECS", 0)
+    monkeypatch.setattr(module, "_BLOCK_RECORDS", 4)
+    read_block = module._Partition.read
+    monkeypatch.setattr(
+        module._Partition, "read", lambda *args: [one for one in read_block(*args) if one.offset() not in (8, 9)]
+    )
+    leg = Leg(step(until="now"), OffsetRange(0, 10), element=("marks", 0, NUM_PARTITIONS))
+    assert values(leg.run()) == list(range(8))
 
 
 def test_an_endless_job_copies_as_records_come_and_nothing_is_lost_when_it_is_killed(brokers):

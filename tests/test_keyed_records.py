@@ -187,7 +187,7 @@ def test_each_record_is_scored_by_the_model_of_its_column(make, records, tenants
 
 
 def test_keys_may_be_bytes_and_numbers(records, first_uri, second_uri, expected):
-    models = {"17": first_uri, "b": second_uri}
+    models = {17: first_uri, b"b": second_uri}
     keys = [b"17", 17, "17", np.int64(17), b"b", "b"]
     elements = [(key, records[i]) for i, key in enumerate(keys)]
     outcome = run([*elements, (b"\xff", records[6])], ScoreRecords(models_by_key=models))
@@ -251,6 +251,8 @@ def test_keyed_records_of_a_stream_keep_their_windows(records, tenants):
         ({"bundle": "x", "default_model": "y"}, "default_model, key: expected with models_by_key"),
         ({"models_by_key": {"a": "x"}, "threshold": 1.0}, "threshold: expected None with models_by_key"),
         ({"models_by_key": "gs://models"}, r"models_by_key: expected a URI with \{key\} in it"),
+        ({"models_by_key": {7: "x", "7": "y"}}, "models_by_key: expected keys that differ as text"),
+        ({"models_by_key": {None: "x"}}, "models_by_key: expected keys of text or whole numbers, got NoneType"),
         ({"models_by_key": {"": "x"}}, "models_by_key: expected keys of at least one character"),
         ({"models_by_key": {}, "max_model_bytes": 0}, "max_bytes: expected a number > 0"),
     ],

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import datetime
 import enum
 import io
@@ -43,6 +44,8 @@ from record_runs import (
 from pipeline.records import DEAD_LETTER_SCHEMA
 from pipeline.rows import Reading, json_text, payload, read_column, read_json, read_records, readings
 from pipeline.score_records import ScoreRecords
+from pipeline.transforms import ScoreTables
+from vae_model.pointer import Entry, Pointer
 
 SCORES = ["anomaly_score", "anomaly_p_value", "is_anomaly", "model_version"]
 
@@ -108,12 +111,34 @@ def test_a_message_keeps_its_attributes_and_ordering_key(records, bundle_uri):
     assert (letter["payload"], letter["payload_format"]) == ("{", "json")
 
 
+@dataclasses.dataclass(slots=True)
+class Slim:
+    """Of what `bundle` reads, the rest is missing."""
+
+    length: float | str
+    weight: float
+    count: int = dataclasses.field(init=False)
+
+
+def test_dataclasses_with_slots_are_records(records, bundle, bundle_uri):
+    elements = [Slim(1.5, 2.0), Slim("long", 2.0), records[0]]  # of no known type, so that columns may be missing
+    outcome = run(elements, ScoreRecords(bundle_uri, reasons=1))
+    (value,) = (value for value in outcome.values() if not isinstance(value, dict))
+    schema = bundle.schema
+    cells = {name: [{"length": 1.5, "weight": 2.0}.get(name)] for name in schema.names}
+    table = pa.table({name: pa.array(cell, schema.arrow_type(name)) for name, cell in cells.items()})
+    assert (value.length, value.count) == (1.5, None)
+    assert value.anomaly_score == pytest.approx(bundle.score(table)["anomaly_score"][0].as_py(), rel=1e-3)
+    (letter,) = outcome.reasons()
+    assert json.loads(letter["payload"]) == {"length": "long", "weight": 2.0, "count": None}
+
+
 def test_avro_scores_with_and_without_a_header(records, expected, bundle_uri):
     canonical = fastavro.schema.to_parsing_canonical_form(AVRO)
     header = b"\xc3\x01" + bytes.fromhex(fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"))
     elements = [as_avro(record) for record in records[:50]] + [header + as_avro(record) for record in records[50:90]]
     elements += [PubsubMessage(as_avro(record), {"a": "b"}) for record in records[90:99]]
-    broken = [as_avro(records[99])[:-4], b"", as_avro(records[99]) + b"x", b"\xff" * 40]
+    broken = [as_avro(records[99])[:-4], b"", as_avro(records[99]) + b"x", b"\xff" * 40, b"text"]
     outcome = run(elements + broken, ScoreRecords(bundle_uri, input_format="avro", avro_schema=json.dumps(AVRO)))
     assert sorted(map(ident, outcome.values())) == sorted(record["id"] for record in records[:99])
     for value in outcome.values():
@@ -121,10 +146,8 @@ def test_avro_scores_with_and_without_a_header(records, expected, bundle_uri):
         assert abs(score_of(value) - score) <= tolerance
     letters = outcome.reasons()
     assert {letter["error_type"] for letter in letters} == {"malformed_record"}
-    assert sorted(
-        base64.b64decode(letter["payload"]) if letter["payload_format"] == "base64" else letter["payload"].encode()
-        for letter in letters
-    ) == sorted(broken)
+    assert {letter["payload_format"] for letter in letters} == {"base64"}
+    assert sorted(base64.b64decode(letter["payload"]) for letter in letters) == sorted(broken)
 
 
 def test_avro_records_may_name_their_schema_by_confluents_id(table, records, bundle, bundle_uri):
@@ -562,11 +585,14 @@ CELLS = [
     (NUMBER, np.float64("nan"), math.nan),
     (NUMBER, pd.NA, None),
     (NUMBER, NOON, WRONG),
+    (NUMBER, np.datetime64("20000-01-01"), WRONG),
     (NUMBER, datetime.timedelta(seconds=1), WRONG),
     (NUMBER, 1j, WRONG),
     (NUMBER, np.array([1.0]), WRONG),
     (SPAN, datetime.timedelta(seconds=1.5), 1500.0),
     (SPAN, np.timedelta64(2, "s"), 2000.0),
+    (SPAN, np.timedelta64(2**62, "s"), WRONG),
+    (SPAN, np.timedelta64(2_000_000_001, "ns"), 2000.0),
     (SPAN, 250, 250.0),
     (LEVEL, "red", "red"),
     (LEVEL, Color.RED, "red"),
@@ -599,6 +625,9 @@ CELLS = [
     (TIME, NOON.replace(tzinfo=ZoneInfo("Europe/Paris")), NOON - datetime.timedelta(hours=1)),
     (TIME, "2025-01-02T12:00:00", NOON),
     (TIME, "2025-01-02T12:00:00+01:00", NOON - datetime.timedelta(hours=1)),
+    (TIME, np.datetime64(2**62, "D"), WRONG),
+    (TIME, np.datetime64("20000-01-01"), WRONG),
+    (TIME, np.datetime64("2025-01-02T12:00:00.000000999"), NOON),
     (TIME, 5, WRONG),
     (TIME, 1.5, WRONG),
     (TIME, datetime.time(12), WRONG),
@@ -707,6 +736,28 @@ def test_json_is_read_as_pythons_own_parser_reads_it(bundle):
                 )  # both are missing
 
 
+def nested(levels, cell="1"):
+    """A JSON object of so many levels."""
+    return '{"color": "[[\\\\\\"[", "extra": ' + "[" * (levels - 1) + cell + "]" * (levels - 1) + ', "count": 1}'
+
+
+@pytest.mark.parametrize("cell", ["1", "NaN", '"\\\\"', "{}, " * 300 + '"]"'])
+def test_json_that_python_cannot_read_again_is_set_aside(cell, bundle):
+    wanted = readings(bundle.schema)
+    own = cell.count("{") > 0  # a level more
+    texts = [nested(levels - own, cell).encode() for levels in (200, 201, 990, 1020)]
+    texts.append(b'{"color": ' + b"[" * 990 + b"]" * 990 + b', "color": "red"}')  # the last one counts
+    for batch in (texts, *([text] for text in texts)):
+        faults = read_json(batch, wanted).faults
+        for row, text in enumerate(batch):
+            if text == texts[0]:
+                assert row not in faults
+                json.loads(json_text(json.loads(text)))
+            else:
+                assert faults[row].error_type == "malformed_record"
+    assert "more than 200 levels" in read_json(texts, wanted).faults[1].error
+
+
 def test_json_may_be_spread_over_lines(records, bundle):
     wanted = readings(bundle.schema)
     texts = [json.dumps(record, default=str, indent=1).encode() for record in records[:50]]
@@ -728,6 +779,8 @@ def test_any_object_can_be_the_payload_of_a_letter():
         text, payload_format = payload(value)
         assert payload_format == "json"
         json.loads(text)
+    digits = json.loads(json_text({"a": 10**5000, 10**5000: [-(10**5000)], "b": 2**70}))
+    assert digits == {"a": hex(10**5000), hex(10**5000): [hex(-(10**5000))], "b": 2**70}
     assert json.loads(json_text({"a": math.inf, "b": math.nan, 3: Decimal("1.5")})) == {
         "a": "inf",
         "b": None,
@@ -766,6 +819,23 @@ def test_rows_that_do_not_fit_are_refused_when_the_pipeline_is_built(records, bu
             | "Items" >> beam.Create([as_item(records[0])]).with_output_types(ITEM)
             | "Score" >> ScoreRecords(bundle_uri, columns=["nonsense"])
         )
+
+
+@pytest.mark.parametrize("transform", [ScoreRecords, ScoreTables])
+def test_a_threshold_in_nats_is_refused_where_models_may_be_swapped(transform, bundle, bundle_uri, tmp_path):
+    uri = str(tmp_path / "current.json")
+    Pointer(uri, Entry(bundle_uri, bundle.model_version, "x")).write()
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    bounded = pipeline | beam.Create([], reshuffle=False)
+    unbounded = pipeline | TestStream()
+    message = "threshold: expected None with a pointer that is followed"
+    with pytest.raises(ValueError, match=message):
+        unbounded | "Stream" >> transform(uri, threshold=1.0)
+    with pytest.raises(ValueError, match=message):
+        bounded | "Asked" >> transform(uri, threshold=1.0, model_refresh_secs=60)
+    bounded | "Batch" >> transform(uri, threshold=1.0)
+    unbounded | "Fixed version" >> transform(uri, threshold=1.0, model_refresh_secs=0)
+    unbounded | "Bundle" >> transform(bundle_uri, threshold=1.0)
 
 
 def test_metrics_have_the_names_of_run_inference(records, bundle_uri):
