@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import orjson
 import pyarrow as pa
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub, WriteToPubSub
 from apache_beam.metrics import Metrics
@@ -25,7 +26,14 @@ from apache_beam.utils.windowed_value import create as windowed_value
 from pipeline.alerts import AlertOnDeadLetters
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.options import check, stream_place
-from pipeline.records import DEAD_LETTER_SCHEMA, MAX_LINE_BYTES, json_rows, parse_json_lines, record_letters
+from pipeline.records import (
+    DEAD_LETTER_SCHEMA,
+    MAX_LINE_BYTES,
+    ParsedLines,
+    json_rows,
+    parse_json_lines,
+    record_letters,
+)
 from pipeline.rows import json_text, payload
 from pipeline.score_records import ScoreRecords, event_time
 from pipeline.window_files import WriteWindowFiles, window_place
@@ -355,8 +363,17 @@ def as_message(element: Any) -> Message:
 
 def labels(data: bytes, prefix: str) -> dict[str, str]:
     """What a message says of its scores without being parsed, for the filters of subscriptions."""
-    record = json.loads(data)
-    return {name: _label(record[name]) for name in (prefix + label for label in _LABELS)}
+    record = _parsed(data)
+    return {name: _label(record[name]) for name in (prefix + label for label in _LABELS) if name in record}
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A scored record; {} where neither parser reads it with its scores: one goes deeper, one knows NaN."""
+    for loads in (json.loads, orjson.loads):
+        with suppress(ValueError, RecursionError):
+            record = loads(data)
+            return record if type(record) is dict else {}
+    return {}
 
 
 def _label(value: Any) -> str:
@@ -414,10 +431,16 @@ class _ToTables(beam.DoFn):
     def _tables(self, window: Any, waiting: list[tuple[Message, int]]) -> Iterator[Any]:
         times = [micros for _, micros in waiting]
         own = self._schema.remove(len(self._schema) - 1)
-        # What is scored is a JSON object; written again where it has line breaks.
         lines = [_one_line(message.data) for message, _ in waiting]
-        self._tell_undeclared(json.loads(lines[0]))
+        self._tell_undeclared(_parsed(lines[0]))
         parsed = parse_json_lines(b"\n".join(lines), own)
+        if parsed.bad_lines:  # it was scored, but this parser does not go as deep
+            bad_rows = _bad_rows(lines, parsed)
+            faults = [(None, "malformed_record", error) for error in parsed.errors]
+            yield self._dead([waiting[row] for row in bad_rows], faults, window)
+            if rest := [item for row, item in enumerate(waiting) if row not in bad_rows]:
+                yield from self._tables(window, rest)
+            return
         table, rejects = conform(parsed.table, own)
         for rows, column, error in parsed.wrong_cells:
             rejects.add(rows, column, "wrong_type", error)
@@ -425,21 +448,18 @@ class _ToTables(beam.DoFn):
         table = table.append_column(self._schema.field(-1), event_times.cast(self._schema.field(-1).type))
         if len(rejects):
             bad = rejects.table().to_pylist()
-            places = [fault["row"] for fault in bad]
-            letters = _refused(
-                [waiting[place][0] for place in places],
-                [(fault["column"], fault["error_type"], fault["error"]) for fault in bad],
-                [times[place] for place in places],
-                self._prefix,
-            )
-            self._letters.count(letters)
-            yield beam.pvalue.TaggedOutput(
-                "dead_letters", _in_window(letters, min(times[place] for place in places), window)
-            )
+            faults = [(fault["column"], fault["error_type"], fault["error"]) for fault in bad]
+            yield self._dead([waiting[fault["row"]] for fault in bad], faults, window)
             times = [micros for micros, keep in zip(times, rejects.keep.tolist(), strict=True) if keep]
             table = table.filter(rejects.keep)
         if times:
             yield _in_window(table, min(times), window)
+
+    def _dead(self, refused: list[tuple[Message, int]], faults: list[tuple[Any, str, str]], window: Any) -> Any:
+        messages, times = zip(*refused, strict=True)
+        letters = _refused(messages, faults, times, self._prefix)
+        self._letters.count(letters)
+        return beam.pvalue.TaggedOutput("dead_letters", _in_window(letters, min(times), window))
 
     def _tell_undeclared(self, record: dict[str, Any]) -> None:
         """Columns that are left out, once per process: of one record per table, for most are alike."""
@@ -454,10 +474,27 @@ def _in_window(table: pa.Table, micros: int, window: Any) -> Any:
 
 
 def _one_line(text: bytes) -> bytes:
-    return json.dumps(json.loads(text), ensure_ascii=False).encode() if b"\n" in text or b"\r" in text else text
+    return text.translate(_LINE_BREAKS)  # of JSON: in its strings they are escaped
 
 
-def _refused(messages: list[Message], faults: list[tuple[Any, str, str]], times: list[int], prefix: str) -> pa.Table:
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+
+
+def _bad_rows(lines: list[bytes], parsed: ParsedLines) -> dict[int, None]:
+    """The rows of the lines that were not parsed; the others are in the block, in their order."""
+    good = parsed.block.split(b"\n")[::-1] if parsed.block else []
+    bad = {}
+    for row, line in enumerate(lines):
+        if good and line == good[-1]:
+            good.pop()
+        else:
+            bad[row] = None
+    return bad
+
+
+def _refused(
+    messages: Sequence[Message], faults: list[tuple[Any, str, str]], times: Sequence[int], prefix: str
+) -> pa.Table:
     """Letters of scored records; each payload is the record with its scores."""
     return record_letters(
         [payload(message.data) for message in messages],
@@ -465,7 +502,7 @@ def _refused(messages: list[Message], faults: list[tuple[Any, str, str]], times:
         attributes=[message.attributes or None for message in messages],
         event_times=[event_time(micros) for micros in times],
         stage="write",
-        model_version=[json.loads(message.data)[f"{prefix}model_version"] for message in messages],
+        model_version=[labels(message.data, prefix).get(f"{prefix}model_version") for message in messages],
     )
 
 
@@ -527,7 +564,7 @@ def _one_record(_: Any) -> dict[str, int]:
 
 def _one_scored(element: Any, prefix: str) -> dict[str, int]:
     found = labels(as_message(element).data, prefix)
-    version, anomaly = (found[prefix + name] for name in _LABELS)
+    version, anomaly = (found.get(prefix + name) for name in _LABELS)
     return {"scored": 1, "anomalies": int(anomaly == "true"), f"version {version}": 1}
 
 

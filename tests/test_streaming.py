@@ -20,15 +20,15 @@ from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.testing.util import assert_that, equal_to
-from apache_beam.transforms.window import TimestampedValue
-from apache_beam.utils.timestamp import MIN_TIMESTAMP
+from apache_beam.transforms.window import GlobalWindow, TimestampedValue
+from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
 
 from pipeline import window_files
 from pipeline.command import main
 from pipeline.options import add_arguments, check
 from pipeline.records import DEAD_LETTER_SCHEMA, record_letters
 from pipeline.run import run
-from pipeline.streaming import as_message, build_streaming, letter_messages, table_schema
+from pipeline.streaming import _ToTables, as_message, build_streaming, labels, letter_messages, table_schema
 from pipeline.to_bigquery import WriteTablesToBigQuery, bigquery_fields, bigquery_rows
 from pipeline.window_files import WriteWindowFiles
 from vae_model.bundle import REASON_TYPE
@@ -201,6 +201,16 @@ def test_rows_are_dropped_as_too_late_only_where_that_is_asked_for(tmp_path):
     assert ids_in(write(source(), tmp_path / "some", allowed_lateness_secs=10)) == [1]
 
 
+def test_devices_without_a_clock_are_not_too_late(tmp_path):
+    """Their times are of 1970, or of the calendar's first year; the watermark is today's."""
+    first_year, now = -62_135_596_800, 1_795_000_000
+    source = TestStream().advance_watermark_to(first_year).add_elements([TimestampedValue(numbered(1), now)])
+    source = source.advance_watermark_to(now + 3600)
+    source = source.add_elements([TimestampedValue(numbered(2), 0), TimestampedValue(numbered(3), first_year)])
+    source = source.advance_processing_time(100).advance_watermark_to_infinity()
+    assert ids_in(write(source, tmp_path / "out")) == [1, 2, 3]
+
+
 def test_a_window_of_very_many_tables_is_written_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(window_files, "_MAX_TABLES", 3)
     source = TestStream().advance_watermark_to(0)
@@ -302,6 +312,43 @@ def test_what_does_not_fit_the_tables_becomes_a_dead_letter_and_the_rest_is_writ
         {"id": "b", "count": 2, "anomaly_score": 1.5},
     ]
     assert [time.timestamp() for time in written["event_time"].to_pylist()] == [1_000_000_000, 1_000_000_001]
+
+
+def shaped_tables(elements: list, schema: pa.Schema) -> tuple[list[dict], list[dict]]:
+    """The rows and the letters of scored elements in one Beam bundle."""
+    step = _ToTables(schema, "")
+    step.start_bundle()
+    times = [Timestamp(1_000_000_000 + i) for i in range(len(elements))]
+    found = [item for pair in zip(elements, times, strict=True) for item in step.process(*pair, window=GlobalWindow())]
+    found += step.finish_bundle()
+    dead = [item.value for item in found if isinstance(item, beam.pvalue.TaggedOutput)]
+    tables = [item.value for item in found if not isinstance(item, beam.pvalue.TaggedOutput)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    return rows, [letter for item in dead for letter in getattr(item, "value", item).to_pylist()]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_record_nested_deeper_than_python_reads_costs_only_itself(first, place):
+    """It may be scored: orjson goes deeper. The last record makes Arrow refuse the block."""
+    texts = [b'{"count":%d,' % i + SCORES for i in range(2)]
+    texts.insert(place, b'{"count":7,"more":' + b"[" * 5_000 + b"]" * 5_000 + b"," + SCORES)
+    texts.append(b'{"count":{"no":"number"},' + SCORES)
+    rows, dead = shaped_tables(texts, table_schema(first, options("--columns=count")))
+    assert [row["count"] for row in rows] == [0, 1]
+    times = [row["event_time"].timestamp() - 1_000_000_000 for row in rows]
+    assert times == [second for second in range(3) if second != place]
+    assert [letter["error_type"] for letter in dead] == ["malformed_record", "wrong_type"]
+    assert dead[0]["payload"].encode() == texts[place]
+    assert {letter["stage"] for letter in dead} == {"write"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [("[" * 990 + "]" * 990, ("abc", "false")), ("NaN", ("abc", "false")), ("[" * 5_000 + "]" * 5_000, (None, None))],
+)
+def test_labels_stop_at_no_record(more, expected):
+    found = labels(f'{{"more":{more},'.encode() + SCORES, "")
+    assert (found.get("model_version"), found.get("is_anomaly")) == expected
 
 
 def letters(payload: str, **attributes: str) -> pa.Table:
