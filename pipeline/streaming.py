@@ -135,8 +135,9 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 # ---- places ----------------------------------------------------------------------------------------
 #
-# A source gives elements that `ScoreRecords` takes. A place for messages takes `Message`s; one for tables takes
-# tables of one schema, and gives the dead letters of those that it refused. To add one, add its line.
+# A source gives elements that `ScoreRecords` takes. A place for messages takes `Message`s, whose data and key are of
+# its `max_bytes` at most; one for tables takes tables of one schema, and gives the dead letters of those that it
+# refused. To add one, add its line.
 
 
 class Message(NamedTuple):
@@ -177,7 +178,7 @@ def _read_pubsub(name: str, options: Any) -> beam.PTransform:
     )
 
 
-def _write_pubsub(name: str) -> beam.PTransform:
+def _write_pubsub(name: str) -> _WriteMessagesToPubSub:
     if not re.fullmatch(r"projects/[^/]+/topics/[^/]+", name):
         raise ValueError(f"expected pubsub:projects/PROJECT/topics/NAME, got pubsub:{name}")
     _need_gcp()
@@ -187,6 +188,7 @@ def _write_pubsub(name: str) -> beam.PTransform:
 @dataclass
 class _WriteMessagesToPubSub(beam.PTransform):
     topic: str
+    max_bytes: int = 9_500_000  # Pub/Sub takes ten million, framing and attributes included
 
     def expand(self, messages: beam.PCollection[Message]) -> Any:
         write = WriteToPubSub(self.topic, with_attributes=True, publish_with_ordering_key=True)
@@ -218,20 +220,31 @@ def _read_kafka(name: str, _: Any) -> beam.PTransform:
     return read_from(f"kafka:{name}")
 
 
-def _write_kafka(name: str) -> beam.PTransform:
+def _write_kafka(name: str) -> _WriteMessagesToKafka:
     from pipeline.kafka import write_to
 
-    return _WriteMessagesToKafka(write_to(f"kafka:{name}"))
+    write = write_to(f"kafka:{name}")
+    limit = str(write.producer_config.get("message.max.bytes", 1_000_000))  # librdkafka's default
+    if not limit.isdigit() or int(limit) <= _KAFKA_FRAME_BYTES:
+        raise ValueError(f"message.max.bytes: expected a number over {_KAFKA_FRAME_BYTES}, got {limit}")
+    return _WriteMessagesToKafka(write, int(limit) - _KAFKA_FRAME_BYTES)
+
+
+_KAFKA_FRAME_BYTES = 512  # more than a batch of one record has around it
 
 
 @dataclass
 class _WriteMessagesToKafka(beam.PTransform):
     write: beam.PTransform
+    max_bytes: int
 
     def expand(self, messages: beam.PCollection[Message]) -> Any:
         from pipeline.kafka import Record
 
         return messages | "ToKafka" >> beam.Map(_kafka_record).with_output_types(Record) | "Publish" >> self.write
+
+
+_WriteMessages = _WriteMessagesToPubSub | _WriteMessagesToKafka
 
 
 def _kafka_record(message: Message) -> tuple[bytes | None, bytes]:
@@ -249,7 +262,8 @@ SOURCES: dict[str, Callable[[str, Any], beam.PTransform]] = {
     "kafka": _read_kafka,
     "replay": _read_replay,
 }
-MESSAGES: dict[str, Callable[[str], beam.PTransform]] = {"pubsub": _write_pubsub, "kafka": _write_kafka}
+PAIRS = ("kafka",)  # sources whose elements are pairs of a key and a record
+MESSAGES: dict[str, Callable[[str], _WriteMessages]] = {"pubsub": _write_pubsub, "kafka": _write_kafka}
 TABLES: dict[str, Callable[[str, pa.Schema], beam.PTransform]] = {"bigquery": _write_bigquery}
 
 
@@ -264,16 +278,19 @@ def _found(sources: dict[str, Callable[[str, Any], beam.PTransform]], flag: str,
         raise ValueError(f"--{flag}: {error}") from None
 
 
-def _place(uri: str, flag: str, schema: pa.Schema, options: Any, name: str, job: str) -> tuple[bool, beam.PTransform]:
-    """Whether the place takes messages, and the step that writes there."""
+def _place(
+    uri: str, flag: str, schema: pa.Schema, options: Any, name: str, job: str
+) -> tuple[int | None, beam.PTransform]:
+    """The most bytes of a message there, or None where the place takes tables; and the step that writes there."""
     scheme, rest = stream_place(uri) or ("", "")
     try:
         if scheme in MESSAGES:
-            return True, MESSAGES[scheme](rest)
+            step = MESSAGES[scheme](rest)
+            return step.max_bytes, step
         if scheme in TABLES:
-            return False, TABLES[scheme](rest, schema)
+            return None, TABLES[scheme](rest, schema)
         if not scheme:
-            return False, WriteWindowFiles(
+            return None, WriteWindowFiles(
                 uri,
                 schema,
                 window_secs=options.window_secs or WINDOW_SECS,
@@ -296,11 +313,11 @@ class _WriteScored(beam.PTransform):
         self._schema, self._prefix = schema, prefix
         # A file holds one window; BigQuery's table holds all.
         self._windows = None if stream_place(options.output) else FixedWindows(options.window_secs or WINDOW_SECS)
-        self._takes_messages, self._write = _place(options.output, "output", schema, options, "scored", job)
+        self._max_bytes, self._write = _place(options.output, "output", schema, options, "scored", job)
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[pa.Table]:
-        if self._takes_messages:
-            shape = beam.ParDo(_ToMessages(self._prefix)).with_outputs("dead_letters", main="shaped")
+        if self._max_bytes is not None:
+            shape = beam.ParDo(_ToMessages(self._prefix, self._max_bytes)).with_outputs("dead_letters", main="shaped")
             shaped = scored | "ToMessages" >> shape
         else:
             shape = beam.ParDo(_ToTables(self._schema, self._prefix)).with_outputs("dead_letters", main="shaped")
@@ -326,14 +343,13 @@ class _WriteLetters(beam.PTransform):
     def __init__(self, options: Any, job: str) -> None:
         super().__init__()
         place = letters_place(options)
-        self._takes_messages, self._write = _place(
-            place, "dead_letters", DEAD_LETTER_SCHEMA, options, "dead_letters", job
-        )
+        self._max_bytes, self._write = _place(place, "dead_letters", DEAD_LETTER_SCHEMA, options, "dead_letters", job)
         self._is_files = stream_place(place) is None
+        self._keyed = (stream_place(options.input) or ("",))[0] in PAIRS
 
     def expand(self, letters: beam.PCollection[pa.Table]) -> Any:
-        if self._takes_messages:
-            letters = letters | "ToMessages" >> beam.FlatMap(letter_messages)
+        if self._max_bytes is not None:
+            letters = letters | "ToMessages" >> beam.FlatMap(letter_messages, self._max_bytes, self._keyed)
         elif not self._is_files:
             letters = letters | "Shorten" >> beam.Map(_shortened).with_output_types(pa.Table)
         return letters | "Write" >> self._write
@@ -341,8 +357,7 @@ class _WriteLetters(beam.PTransform):
 
 # ---- scored records as messages and as tables ------------------------------------------------------
 
-_MAX_MESSAGE_BYTES = 9_500_000  # Pub/Sub takes ten million, framing and attributes included
-_MAX_ATTRIBUTES = 100
+_MAX_ATTRIBUTES = 100  # of Pub/Sub
 _LABELS = ("model_version", "is_anomaly")
 
 
@@ -383,8 +398,8 @@ def _label(value: Any) -> str:
 class _ToMessages(beam.DoFn):
     """Scored elements as messages with attributes that say which model scored them, and whether they are anomalies."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix, self._letters = prefix, Letters()
+    def __init__(self, prefix: str, max_bytes: int) -> None:
+        self._prefix, self._max_bytes, self._letters = prefix, max_bytes, Letters()
 
     def process(self, element: Any, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
         message = as_message(element)
@@ -392,8 +407,8 @@ class _ToMessages(beam.DoFn):
         attributes = {**message.attributes, **added}
         if len(attributes) > _MAX_ATTRIBUTES:
             attributes = message.attributes
-        if len(message.data) > _MAX_MESSAGE_BYTES:
-            yield self._letters.send(_too_large(message, _MAX_MESSAGE_BYTES, timestamp.micros, self._prefix))
+        if len(message.data) + len(message.key or b"") > self._max_bytes:
+            yield self._letters.send(_too_large(message, self._max_bytes, timestamp.micros, self._prefix))
         else:
             yield Message(message.data, attributes, message.key)
 
@@ -499,15 +514,22 @@ def _refused(
     return record_letters(
         [payload(message.data) for message in messages],
         faults,
-        attributes=[message.attributes or None for message in messages],
+        attributes=[_attributes(message) for message in messages],
         event_times=[event_time(micros) for micros in times],
         stage="write",
         model_version=[labels(message.data, prefix).get(f"{prefix}model_version") for message in messages],
     )
 
 
+def _attributes(message: Message) -> dict[str, str] | None:
+    """The attributes, with the key as `ScoreRecords` writes that of a pair."""
+    key = {} if message.key is None else {"key": payload(message.key)[0]}
+    return {**key, **message.attributes} or None
+
+
 def _too_large(message: Message, limit: int, micros: int, prefix: str) -> pa.Table:
-    error = f"expected at most {limit:,} bytes with its scores, got {len(message.data):,}"
+    size = len(message.data) + len(message.key or b"")
+    error = f"expected at most {limit:,} bytes with its scores and key, got {size:,}"
     return _refused([message], [(None, "too_large", error)], [micros], prefix)
 
 
@@ -516,15 +538,44 @@ def _too_large(message: Message, limit: int, micros: int, prefix: str) -> pa.Tab
 _MAX_PAYLOAD = 1_000_000  # characters of a payload that goes on in a message or in BigQuery
 
 
-def letter_messages(letters: pa.Table) -> Iterator[Message]:
-    """Each letter as JSON; the record's own attributes, and what is wrong with it."""
+def letter_messages(letters: pa.Table, max_bytes: int, keyed: bool = False) -> Iterator[Message]:
+    """Each letter as JSON; the record's own attributes, and what is wrong with it.
+
+    Args:
+        letters: Of `DEAD_LETTER_SCHEMA`.
+        max_bytes: Of the JSON and the key.
+        keyed: Whether the attribute `key` is the record's key, and so the letter's.
+    """
     letters = _shortened(letters)
     kinds = zip(*(letters[name].to_pylist() for name in ("attributes", "stage", "error_type")), strict=True)
-    for line, (own, stage, error_type) in zip(json_rows(letters).to_pylist(), kinds, strict=True):
-        attributes = {**dict(own or ()), "dead_letter_stage": stage, "dead_letter_error_type": error_type}
+    for row, (line, (own, stage, error_type)) in enumerate(zip(json_rows(letters).to_pylist(), kinds, strict=True)):
+        own = dict(own or ())
+        attributes = {**own, "dead_letter_stage": stage, "dead_letter_error_type": error_type}
         if len(attributes) > _MAX_ATTRIBUTES:
-            attributes = dict(own)
-        yield Message(line.encode(), attributes)
+            attributes = own
+        # A record without a key has "null" there.
+        key = own["key"].encode() if keyed and own.get("key", "null") != "null" else None
+        if len(key or b"") > max_bytes // 2:
+            key = None
+        data = line.encode()
+        room = max_bytes - len(key or b"")
+        if len(data) > room:
+            data = _fitted(letters.slice(row, 1), room)
+        yield Message(data, attributes, key)
+
+
+def _fitted(letter: pa.Table, max_bytes: int) -> bytes:
+    """One letter as JSON of so many bytes: its payload, attributes and the like cut, all to one length."""
+    (fields,) = letter.to_pylist()
+    fields["payload_format"] = "cut"
+    size = max_bytes
+    while True:
+        size //= 2
+        cut = {name: value[:size] if isinstance(value, str) else value for name, value in fields.items()}
+        cut["attributes"] = [(name[:size], value[:size]) for name, value in fields["attributes"] or ()]
+        data = str(json_rows(pa.Table.from_pylist([cut], DEAD_LETTER_SCHEMA))[0].as_py()).encode()
+        if len(data) <= max_bytes or not size:
+            return data
 
 
 def _shortened(letters: pa.Table) -> pa.Table:

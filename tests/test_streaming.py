@@ -359,7 +359,7 @@ def letters(payload: str, **attributes: str) -> pa.Table:
 
 
 def test_a_dead_letter_as_a_message_says_in_its_attributes_what_is_wrong():
-    (message,) = letter_messages(letters("{bad", id="7"))
+    (message,) = letter_messages(letters("{bad", id="7"), 10_000)
     assert message.attributes == {
         "id": "7",
         "dead_letter_stage": "score",
@@ -374,7 +374,7 @@ def test_a_dead_letter_as_a_message_says_in_its_attributes_what_is_wrong():
 def test_messages_stay_within_the_limits_of_pubsub():
     """Beam's own check raises, and a message that raises is tried for ever."""
     many = {f"a{i}": "x" for i in range(99)}
-    (message,) = letter_messages(letters('"\\' * 3_000_000, **many))
+    (message,) = letter_messages(letters('"\\' * 3_000_000, **many), 9_500_000)
     PubsubMessage(message.data, message.attributes)._to_proto_str(for_publish=True)
     assert json.loads(message.data)["payload_format"] == "cut"
     assert message.attributes == many
@@ -388,7 +388,7 @@ def test_scored_messages_that_are_too_large_or_have_all_attributes_are_not_lost(
     full = PubsubMessage(b'{"id":1,' + SCORES, many)
     fine = PubsubMessage(b'{"id":2,' + SCORES, {"id": "2"}, ordering_key="k")
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        shape = beam.ParDo(_ToMessages("")).with_outputs("dead_letters", main="shaped")
+        shape = beam.ParDo(_ToMessages("", 9_500_000)).with_outputs("dead_letters", main="shaped")
         shaped = pipeline | beam.Create([large, full, fine], reshuffle=False) | shape
         assert_that(
             shaped.shaped | beam.Map(tuple),
@@ -626,10 +626,39 @@ def test_from_kafka_to_kafka_keys_stay_and_what_cannot_be_scored_has_its_own_top
     scores = first.score(table)["anomaly_score"].to_pylist()
     expected = {f"key-{i}".encode(): score for i, score in enumerate(scores) if i % 10}
     assert {key: row["anomaly_score"] for key, row in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    letters = [json.loads(message.value()) for message in consume(kafka_host, "dead", 3)]
-    assert len(letters) == 3
+    dead = consume(kafka_host, "dead", 3)
+    letters = [json.loads(message.value()) for message in dead]
     assert {letter["stage"] for letter in letters} == {"score"}
-    assert "key-10" in json.dumps(letters)
+    assert sorted(message.key() for message in dead) == [b"key-0", b"key-10", b"key-20"]
+
+
+def test_what_is_too_large_for_kafka_with_its_scores_is_a_letter_that_is_not(first, first_uri, mixed_table, kafka_host):
+    """The brokers' client refuses more than a million bytes, key and all."""
+    import confluent_kafka as kafka
+
+    row = mixed_table.slice(0, 1).select(["length", "count", "color"]).to_pylist()[0]
+    producer = kafka.Producer({"bootstrap.servers": kafka_host})
+    large = json.dumps({**row, "more": "x" * 999_600})
+    for key, text in (("fine", json.dumps(row)), ("scored", large), (None, "\x01" * 600_000)):
+        producer.produce("in", text, key=key)
+    producer.produce("in", "{", key="k" * 600_000)
+    assert producer.flush(20) == 0
+    places = {"input": f"kafka:{kafka_host}/in?until=now", "dead_letters": f"kafka:{kafka_host}/dead"}
+    summary = run(["--streaming", *stream_flags(first_uri, f"kafka:{kafka_host}/scored", **places)])
+    assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (4, 1, 3)
+    [scored] = consume(kafka_host, "scored", 1)
+    assert scored.key() == b"fine"
+    found = [(message.key(), json.loads(message.value())) for message in consume(kafka_host, "dead", 3)]
+    by_key = sorted((key or b"", letter["error_type"], letter["payload_format"]) for key, letter in found)
+    assert by_key == [
+        (b"", "malformed_record", "cut"),
+        (b"", "malformed_record", "json"),  # its key has no room beside itself as an attribute
+        (b"scored", "too_large", "cut"),
+    ]
+    [(_, letter)] = [item for item in found if item[0] == b"scored"]
+    assert letter["model_version"] == first.model_version
+    assert large.startswith(letter["payload"])
+    assert len(letter["payload"]) > 400_000
 
 
 # ---- the job, on a real Pub/Sub server -----------------------------------------------------------
