@@ -181,6 +181,13 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     pinned = streaming.local_runner(options) if is_local else None
     if runner not in (pinned, "DirectRunner") and is_local:
         raise ValueError(f"--runner: expected {pinned} for these places, or DirectRunner, got {runner}")
+    is_template = bool(beam_options.get_all_options().get("template_location"))
+    check(options, streaming=True)
+    if is_template and not all(map(stream_place, (options.output, streaming.letters_place(options)))):
+        raise ValueError(
+            "--template_location: expected no files from a stream: each launch would replace those of the one before; "
+            "write to a topic or a table, or use a flex template"
+        )
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
@@ -189,7 +196,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
             refuse_unwritable(flag, place)
     if not is_local:
         result = pipeline.run()
-        if runner != "DataflowRunner" and not beam_options.get_all_options().get("template_location"):
+        if runner != "DataflowRunner" and not is_template:
             result.wait_until_finish()
         return None
     start = time.perf_counter()

@@ -352,7 +352,22 @@ class _WriteLetters(beam.PTransform):
             letters = letters | "ToMessages" >> beam.FlatMap(letter_messages, self._max_bytes, self._keyed)
         elif not self._is_files:
             letters = letters | "Shorten" >> beam.Map(_shortened).with_output_types(pa.Table)
-        return letters | "Write" >> self._write
+        written = letters | "Write" >> self._write
+        if isinstance(written, beam.PCollection) and written.element_type is pa.Table:
+            written | "NoneRefused" >> beam.Map(_refuse_to_lose)
+        return written
+
+
+def _refuse_to_lose(letters: pa.Table) -> None:
+    """Fails the Beam bundle, which the runner tries again: there is no further place for a dead letter.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        f"--dead_letters: BigQuery refused {letters.num_rows} dead letters, which are not lost but tried again; "
+        f"expected a table with the columns {', '.join(DEAD_LETTER_SCHEMA.names)}"
+    )
 
 
 # ---- scored records as messages and as tables ------------------------------------------------------
@@ -413,7 +428,8 @@ class _ToMessages(beam.DoFn):
             yield Message(message.data, attributes, message.key)
 
 
-_undeclared: set[str] = set()
+_undeclared: set[str] = set()  # of this process
+_MAX_UNDECLARED = 1000  # names that are remembered and counted: records may make up theirs
 
 
 class _ToTables(beam.DoFn):
@@ -477,11 +493,15 @@ class _ToTables(beam.DoFn):
         return beam.pvalue.TaggedOutput("dead_letters", _in_window(letters, min(times), window))
 
     def _tell_undeclared(self, record: dict[str, Any]) -> None:
-        """Columns that are left out, once per process: of one record per table, for most are alike."""
-        if new := record.keys() - set(self._schema.names) - _undeclared:
+        """Columns that are left out, each once per process: of one record per table, for most are alike."""
+        if len(_undeclared) < _MAX_UNDECLARED and (new := record.keys() - set(self._schema.names) - _undeclared):
+            if not _undeclared:
+                logger.warning(
+                    "columns that neither training nor --columns names are left out: %d (told once)", len(new)
+                )
+            new = set(sorted(new)[: _MAX_UNDECLARED - len(_undeclared)])
             _undeclared.update(new)
             self._num_undeclared_columns.inc(len(new))
-            logger.warning("columns that neither training nor --columns names are left out: %d (told once)", len(new))
 
 
 def _in_window(table: pa.Table, micros: int, window: Any) -> Any:

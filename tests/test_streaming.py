@@ -23,13 +23,21 @@ from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import GlobalWindow, TimestampedValue
 from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
 
-from pipeline import window_files
+from pipeline import streaming, window_files
 from pipeline.command import main
 from pipeline.options import add_arguments, check
 from pipeline.records import DEAD_LETTER_SCHEMA, record_letters
 from pipeline.run import run
-from pipeline.streaming import _ToTables, as_message, build_streaming, labels, letter_messages, table_schema
-from pipeline.to_bigquery import WriteTablesToBigQuery, bigquery_fields, bigquery_rows
+from pipeline.streaming import (
+    _ToTables,
+    _WriteLetters,
+    as_message,
+    build_streaming,
+    labels,
+    letter_messages,
+    table_schema,
+)
+from pipeline.to_bigquery import WriteTablesToBigQuery, _Refuse, bigquery_fields, bigquery_rows
 from pipeline.window_files import WriteWindowFiles
 from vae_model.bundle import REASON_TYPE
 
@@ -62,6 +70,14 @@ def stream_flags(bundle="bundle", output="out", **more) -> list[str]:
         ({"max_batch_duration_secs": "nan"}, "--max_batch_duration_secs: expected a number > 0, got nan"),
         ({"allowed_lateness_secs": -1}, "--allowed_lateness_secs: expected a number >= 0, got -1"),
         ({"num_shards": 0}, "--num_shards: expected a number >= 1, got 0"),
+        (
+            {"output": "kafka:h:1/a", "dead_letters": "kafka:h:1/b", "num_shards": 2},
+            "--num_shards: is for files",
+        ),
+        (
+            {"output": "kafka:h:1/a", "dead_letters": "bigquery:a.b.c", "allowed_lateness_secs": 2},
+            "--allowed_lateness_secs: is for files",
+        ),
         ({"input": "replay:x.parquet", "id_attribute": "id"}, "--id_attribute: expected only with --input pubsub:"),
     ],
 )
@@ -125,6 +141,14 @@ def test_what_local_runners_cannot_do_is_refused(first_uri, tmp_path):
                 *stream_flags(first_uri, tmp_path, input="kafka:localhost:9092/in", dead_letters="pubsub:x"),
             ]
         )
+
+
+@pytest.mark.parametrize("output", ["gs://bucket/out", f"pubsub:{PROJECT}/topics/out"])
+def test_a_classic_template_writes_no_files_of_a_stream(output, first_uri):
+    """The word in their names would be the same for each of its launches."""
+    flags = stream_flags(first_uri, output, dead_letters="gs://bucket/dead", template_location="gs://bucket/t")
+    with pytest.raises(ValueError, match="--template_location: expected no files from a stream"):
+        run(["--streaming", *flags])
 
 
 # ---- files by window -----------------------------------------------------------------------------
@@ -351,6 +375,17 @@ def test_labels_stop_at_no_record(more, expected):
     assert (found.get("model_version"), found.get("is_anomaly")) == expected
 
 
+def test_columns_that_records_make_up_are_told_once_and_not_remembered_for_ever(first, monkeypatch, caplog):
+    monkeypatch.setattr(streaming, "_undeclared", set())
+    schema = table_schema(first, options("--columns=count"))
+    for i in range(30):
+        names = b",".join(b'"made-%d-%d":0' % (i, j) for j in range(100))
+        rows, dead = shaped_tables([b'{"count":1,' + names + b"," + SCORES], schema)
+        assert (len(rows), dead) == (1, [])
+    assert len(streaming._undeclared) == 1000
+    assert len([record for record in caplog.records if "left out" in record.getMessage()]) == 1
+
+
 def letters(payload: str, **attributes: str) -> pa.Table:
     fault = (None, "malformed_record", "no JSON")
     return record_letters(
@@ -467,6 +502,47 @@ def test_beam_takes_the_schema_and_the_rows_for_bigquery():
     assert datetime.datetime.fromisoformat(rows[0]["time"]) == WIDE["time"][0].as_py()
 
 
+def test_letters_of_rows_that_bigquery_refuses_say_when_and_by_which_model():
+    micros = 1_767_323_045_000_678
+    scored = pa.table(
+        {
+            "id": [1],
+            "x_model_version": ["abc"],
+            "x_event_time": pa.array([micros], pa.int64()).cast(pa.timestamp("us", "UTC")),
+        }
+    )
+    rows = bigquery_rows(scored)
+    [letter] = _Refuse("x_event_time", "x_model_version").process(("t", rows[0], [{"reason": "invalid"}]))
+    [found] = letter.to_pylist()
+    assert (found["event_time"], found["model_version"]) == (scored["x_event_time"][0].as_py(), "abc")
+    assert (found["stage"], found["error_type"], json.loads(found["payload"])) == (
+        "write",
+        "refused_by_bigquery",
+        rows[0],
+    )
+    assert WriteTablesToBigQuery("project-a.d.t", scored.schema)._last("event_time") == "x_event_time"
+
+
+class _RefuseAll(beam.PTransform):
+    """In place of BigQuery, which is not here."""
+
+    def expand(self, tables):
+        return tables | beam.Map(lambda table: table).with_output_types(pa.Table)
+
+
+def test_dead_letters_that_bigquery_refuses_are_not_lost_in_silence():
+    write = _WriteLetters(
+        options(*stream_flags(output="bigquery:project-a.d.t", dead_letters="bigquery:project-a.d.u")), ""
+    )
+    write._write = _RefuseAll()
+    pipeline = beam.Pipeline("FnApiRunner")
+    tables = pipeline | beam.Create([letters("secret")], reshuffle=False)
+    tables.element_type = pa.Table
+    tables | write
+    with pytest.raises(RuntimeError, match="BigQuery refused 1 dead letters"):
+        pipeline.run()
+
+
 def test_bigquery_lacks_lists_of_lists_and_strange_names():
     for name, kind, error in (
         ("a b", pa.int64(), "a b: expected a name"),
@@ -533,8 +609,9 @@ def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first
         assert all(start <= when < start + datetime.timedelta(days=7) for when in times)
 
 
-def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog):
+def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog, monkeypatch):
     """Every tenth record of January is malformed, and every third of March."""
+    monkeypatch.setattr(streaming, "_undeclared", set())
     table = mixed_table.select(["length", "count", "color", "seen_at", "price"]).sort_by("seen_at").slice(0, 900)
     months = table["seen_at"].to_numpy().astype("datetime64[M]").astype(int) % 12
     length = [
