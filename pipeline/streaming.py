@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 import orjson
 import pyarrow as pa
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub, WriteToPubSub
@@ -441,7 +442,7 @@ class _ToTables(beam.DoFn):
         self._num_undeclared_columns = Metrics.counter(NAMESPACE, "num_undeclared_columns")
 
     def start_bundle(self) -> None:
-        self._waiting: dict[Any, list[tuple[Message, int]]] = {}
+        self._waiting: dict[Any, list[_Waiting]] = {}
 
     def process(
         self, element: Any, timestamp: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
@@ -451,7 +452,8 @@ class _ToTables(beam.DoFn):
             yield self._letters.send(_too_large(message, MAX_LINE_BYTES, timestamp.micros, self._prefix))
             return
         waiting = self._waiting.setdefault(window, [])
-        waiting.append((message, timestamp.micros))
+        value = element[1] if type(element) is tuple else element
+        waiting.append(_Waiting(message, timestamp.micros, value if type(value) is dict else {}))
         if len(waiting) >= _MAX_ROWS:
             yield from self._tables(window, self._waiting.pop(window))
 
@@ -459,10 +461,20 @@ class _ToTables(beam.DoFn):
         while self._waiting:
             yield from self._tables(*self._waiting.popitem())
 
-    def _tables(self, window: Any, waiting: list[tuple[Message, int]]) -> Iterator[Any]:
-        times = [micros for _, micros in waiting]
+    def _tables(self, window: Any, waiting: list[_Waiting]) -> Iterator[Any]:
+        times = [item.micros for item in waiting]
         own = self._schema.remove(len(self._schema) - 1)
-        lines = [_one_line(message.data) for message, _ in waiting]
+        lines = [_one_line(item.message.data) for item in waiting]
+        records = [item.record for item in waiting]
+        given = {
+            field.name: cells
+            for field in own
+            if _json_differs(field.type)
+            and (cells := _given([record.get(field.name) for record in records], field.type))
+        }
+        for row in set().union(*given.values()):
+            left = {name: cell for name, cell in records[row].items() if row not in given.get(name, ())}
+            lines[row] = json_text(left).encode()
         self._tell_undeclared(_parsed(lines[0]))
         parsed = parse_json_lines(b"\n".join(lines), own)
         if parsed.bad_lines:  # it was scored, but this parser does not go as deep
@@ -473,6 +485,9 @@ class _ToTables(beam.DoFn):
                 yield from self._tables(window, rest)
             return
         table, rejects = conform(parsed.table, own)
+        for name, cells in given.items():
+            place = own.get_field_index(name)
+            table = table.set_column(place, own.field(place), _with_cells(table[name], cells))
         for rows, column, error in parsed.wrong_cells:
             rejects.add(rows, column, "wrong_type", error)
         event_times = pa.array([event_time(micros) for micros in times], pa.int64())
@@ -486,8 +501,8 @@ class _ToTables(beam.DoFn):
         if times:
             yield _in_window(table, min(times), window)
 
-    def _dead(self, refused: list[tuple[Message, int]], faults: list[tuple[Any, str, str]], window: Any) -> Any:
-        messages, times = zip(*refused, strict=True)
+    def _dead(self, refused: list[_Waiting], faults: list[tuple[Any, str, str]], window: Any) -> Any:
+        messages, times, _ = zip(*refused, strict=True)
         letters = _refused(messages, faults, times, self._prefix)
         self._letters.count(letters)
         return beam.pvalue.TaggedOutput("dead_letters", _in_window(letters, min(times), window))
@@ -502,6 +517,47 @@ class _ToTables(beam.DoFn):
             new = set(sorted(new)[: _MAX_UNDECLARED - len(_undeclared)])
             _undeclared.update(new)
             self._num_undeclared_columns.inc(len(new))
+
+
+class _Waiting(NamedTuple):
+    """A scored element for a table."""
+
+    message: Message
+    micros: int
+    record: dict[str, Any]  # {} of one that came as JSON
+
+
+def _json_differs(kind: pa.DataType) -> bool:
+    """Whether a Python value may become something else in such a column on its way through JSON."""
+    return any(is_such(kind) for is_such in (pa.types.is_duration, pa.types.is_nested, *_BINARY))
+
+
+_BINARY = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_binary_view,
+)
+
+
+def _given(cells: Sequence[Any], kind: pa.DataType) -> dict[int, pa.Scalar]:
+    """By row, the cells that Arrow takes as they are: no text and no numbers, which are read as those of JSON."""
+    found = {}
+    for row, cell in enumerate(cells):
+        if cell is None or isinstance(cell, str | bool | int | float):
+            continue
+        with suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
+            # A duration by way of its own unit, for else Arrow cuts off what the column's cannot hold.
+            found[row] = pa.scalar(cell).cast(kind) if pa.types.is_duration(kind) else pa.scalar(cell, kind)
+    return found
+
+
+def _with_cells(column: pa.ChunkedArray, cells: dict[int, pa.Scalar]) -> pa.Array:
+    """The column with other cells in some rows."""
+    rows = np.arange(len(column))
+    rows[list(cells)] = len(column) + np.arange(len(cells))
+    values = pa.array([cell.as_py() for cell in cells.values()], column.type)
+    return pa.concat_arrays([*column.chunks, values]).take(pa.array(rows))
 
 
 def _in_window(table: pa.Table, micros: int, window: Any) -> Any:

@@ -351,6 +351,39 @@ def shaped_tables(elements: list, schema: pa.Schema) -> tuple[list[dict], list[d
     return rows, [letter for item in dead for letter in getattr(item, "value", item).to_pylist()]
 
 
+def test_what_comes_as_python_values_is_in_tables_what_it_was():
+    """As a table is replayed: JSON has no durations, bytes or maps."""
+    structs = pa.list_(pa.struct([("at", pa.timestamp("us")), ("raw", pa.binary())]))
+    typed = pa.table(
+        {
+            "wait": pa.array([372, None, 5], pa.duration("s")),
+            "raw": [b"\xff\x00", b"aGk=", None],
+            "pairs": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+            "parts": pa.array([[{"at": datetime.datetime(2026, 1, 2), "raw": b"\xfe"}], [], None], structs),
+            "id": ["a", "b", "c"],
+        }
+    )
+    scores = {"anomaly_score": 1.5, "model_version": "abc"}
+    added = [("anomaly_score", pa.float64()), ("model_version", pa.string()), ("event_time", pa.timestamp("us", "UTC"))]
+    schema = pa.schema([*typed.schema, *added])
+    records = [{**row, **scores} for row in typed.to_pylist()]
+    rows, dead = shaped_tables([records[0], (b"key", records[1]), records[2]], schema)
+    assert dead == []
+    assert [{name: row[name] for name in records[0]} for row in rows] == records
+    wrong = [
+        {**records[0], "wait": datetime.timedelta(seconds=1.5)},
+        {**records[0], "wait": 7},
+        {**records[0], "pairs": [("a", "far")]},
+        json.dumps({**scores, "wait": 8}),
+    ]
+    rows, dead = shaped_tables(wrong, schema)
+    assert [row["wait"].total_seconds() for row in rows] == [7, 8]
+    assert [(letter["column"], letter["error_type"]) for letter in dead] == [
+        ("wait", "wrong_type"),
+        ("pairs", "wrong_type"),
+    ]
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_record_nested_deeper_than_python_reads_costs_only_itself(first, place):
     """It may be scored: orjson goes deeper. The last record makes Arrow refuse the block."""
