@@ -574,7 +574,7 @@ _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 def _bad_rows(lines: list[bytes], parsed: ParsedLines) -> dict[int, None]:
     """The rows of the lines that were not parsed; the others are in the block, in their order."""
     good = parsed.block.split(b"\n")[::-1] if parsed.block else []
-    bad = {}
+    bad: dict[int, None] = {}
     for row, line in enumerate(lines):
         if good and line == good[-1]:
             good.pop()

@@ -76,7 +76,7 @@ class _Refuse(beam.DoFn):
     """Rows that BigQuery refused, as dead letters; the columns of time and version say more of them."""
 
     def __init__(self, time: str | None, version: str | None) -> None:
-        self._time, self._version = time, version
+        self._time, self._version = time or "", version or ""
         self._letters = Letters()
 
     def process(self, failed: tuple[str, dict[str, Any], Sequence[Any]]) -> list[pa.Table]:
