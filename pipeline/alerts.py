@@ -526,17 +526,24 @@ class AlertOnDeadLetters(beam.PTransform):
 
 @dataclass(frozen=True)
 class _RowCounter:
-    """Counts scored records (place 0) or dead letters (place 1); a letter of unknown number counts as one."""
+    """Counts scored records (place 0) or dead letters (place 1); a letter of unknown number counts as one.
+
+    What is refused where it is to be written was scored before: it counts as a dead letter only.
+    """
 
     place: int
 
     def read(self, elements: Sequence[Any], event_times: Sequence[int]) -> Iterator[tuple[None, tuple[int, int]]]:
         values = [element[1] if is_keyed(element) else element for element in elements]
         if self.place:
-            count = sum(pc.sum(pc.fill_null(letters["num_records"], 1)).as_py() or 0 for letters in values)
+            refused = (letters.filter(pc.equal(letters["stage"], "write")) for letters in values)
+            yield None, (-sum(map(_num_records, refused)), sum(map(_num_records, values)))
         else:
-            count = sum(value.num_rows if isinstance(value, pa.Table) else 1 for value in values)
-        yield None, (0, count) if self.place else (count, 0)
+            yield None, (sum(value.num_rows if isinstance(value, pa.Table) else 1 for value in values), 0)
+
+
+def _num_records(letters: pa.Table) -> int:
+    return int(pc.sum(pc.fill_null(letters["num_records"], 1)).as_py() or 0)
 
 
 class _CountFold(Fold):
@@ -556,6 +563,7 @@ class _Judge(beam.DoFn):
         self, element: tuple[str, tuple[int, int]], window: Any = beam.DoFn.WindowParam
     ) -> Iterator[dict[str, Any]]:
         _, (num_scored, num_dead_letters) = element
+        num_scored = max(num_scored, 0)  # letters of one table have one time, be it in the window of its first row
         if num_dead_letters <= self._max_fraction * (num_scored + num_dead_letters):
             return
         alert = {

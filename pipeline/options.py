@@ -170,5 +170,9 @@ def _check_streaming(options: Any) -> None:
     for flag in ("timestamp_attribute", "id_attribute"):
         if getattr(options, flag) and source[0] != "pubsub":
             raise ValueError(f"--{flag}: expected only with --input pubsub:..., got {options.input}")
+    if stream_place(options.output) and stream_place(options.dead_letters):
+        for flag in ("num_shards", "allowed_lateness_secs"):
+            if getattr(options, flag) is not None:
+                raise ValueError(f"--{flag}: is for files; neither --output nor --dead_letters is a folder")
     if str(options.dead_letters) == str(options.output):
         raise ValueError("--dead_letters and --output: expected two places, got the same twice")

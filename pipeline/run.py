@@ -128,7 +128,7 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
 
     Args:
         argv: The flags.
-        wait: Whether to wait for the end of a batch job.
+        wait: Whether to wait for the end of a batch job; a flex template's launcher does not.
 
     Returns:
         The account once the job is done. None where it is not waited for; for a template, which has only been written;
@@ -145,7 +145,7 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
 
         prepare(beam_options, options)
     if is_streaming:
-        return _run_streaming(beam_options, runner_of(list(argv or ())))
+        return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
     refuse_unwritable("output", options.output)
@@ -171,7 +171,7 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
     return summarize(result, time.perf_counter() - start, options)
 
 
-def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None:
+def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
     from pipeline import streaming
 
     options = beam_options.view_as(ScoringOptions)
@@ -181,6 +181,14 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
     pinned = streaming.local_runner(options) if is_local else None
     if runner not in (pinned, "DirectRunner") and is_local:
         raise ValueError(f"--runner: expected {pinned} for these places, or DirectRunner, got {runner}")
+    is_template = bool(beam_options.get_all_options().get("template_location"))
+    check(options, streaming=True)
+    # What a flex template's launcher, which does not wait, writes as a template is one launch's own.
+    if is_template and wait and not all(map(stream_place, (options.output, streaming.letters_place(options)))):
+        raise ValueError(
+            "--template_location: expected no files from a stream: each launch would replace those of the one before; "
+            "write to a topic or a table, or use a flex template"
+        )
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
@@ -189,7 +197,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str) -> Summary | None
             refuse_unwritable(flag, place)
     if not is_local:
         result = pipeline.run()
-        if runner != "DataflowRunner" and not beam_options.get_all_options().get("template_location"):
+        if runner != "DataflowRunner" and not is_template:
             result.wait_until_finish()
         return None
     start = time.perf_counter()

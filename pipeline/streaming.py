@@ -9,12 +9,14 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
+import orjson
 import pyarrow as pa
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub, WriteToPubSub
 from apache_beam.metrics import Metrics
@@ -25,7 +27,14 @@ from apache_beam.utils.windowed_value import create as windowed_value
 from pipeline.alerts import AlertOnDeadLetters
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.options import check, stream_place
-from pipeline.records import DEAD_LETTER_SCHEMA, MAX_LINE_BYTES, json_rows, parse_json_lines, record_letters
+from pipeline.records import (
+    DEAD_LETTER_SCHEMA,
+    MAX_LINE_BYTES,
+    ParsedLines,
+    json_rows,
+    parse_json_lines,
+    record_letters,
+)
 from pipeline.rows import json_text, payload
 from pipeline.score_records import ScoreRecords, event_time
 from pipeline.window_files import WriteWindowFiles, window_place
@@ -127,8 +136,9 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 # ---- places ----------------------------------------------------------------------------------------
 #
-# A source gives elements that `ScoreRecords` takes. A place for messages takes `Message`s; one for tables takes
-# tables of one schema, and gives the dead letters of those that it refused. To add one, add its line.
+# A source gives elements that `ScoreRecords` takes. A place for messages takes `Message`s, whose data and key are of
+# its `max_bytes` at most; one for tables takes tables of one schema, and gives the dead letters of those that it
+# refused. To add one, add its line.
 
 
 class Message(NamedTuple):
@@ -169,7 +179,7 @@ def _read_pubsub(name: str, options: Any) -> beam.PTransform:
     )
 
 
-def _write_pubsub(name: str) -> beam.PTransform:
+def _write_pubsub(name: str) -> _WriteMessagesToPubSub:
     if not re.fullmatch(r"projects/[^/]+/topics/[^/]+", name):
         raise ValueError(f"expected pubsub:projects/PROJECT/topics/NAME, got pubsub:{name}")
     _need_gcp()
@@ -179,6 +189,7 @@ def _write_pubsub(name: str) -> beam.PTransform:
 @dataclass
 class _WriteMessagesToPubSub(beam.PTransform):
     topic: str
+    max_bytes: int = 9_500_000  # Pub/Sub takes ten million, framing and attributes included
 
     def expand(self, messages: beam.PCollection[Message]) -> Any:
         write = WriteToPubSub(self.topic, with_attributes=True, publish_with_ordering_key=True)
@@ -210,20 +221,31 @@ def _read_kafka(name: str, _: Any) -> beam.PTransform:
     return read_from(f"kafka:{name}")
 
 
-def _write_kafka(name: str) -> beam.PTransform:
+def _write_kafka(name: str) -> _WriteMessagesToKafka:
     from pipeline.kafka import write_to
 
-    return _WriteMessagesToKafka(write_to(f"kafka:{name}"))
+    write = write_to(f"kafka:{name}")
+    limit = str(write.producer_config.get("message.max.bytes", 1_000_000))  # librdkafka's default
+    if not limit.isdigit() or int(limit) <= _KAFKA_FRAME_BYTES:
+        raise ValueError(f"message.max.bytes: expected a number over {_KAFKA_FRAME_BYTES}, got {limit}")
+    return _WriteMessagesToKafka(write, int(limit) - _KAFKA_FRAME_BYTES)
+
+
+_KAFKA_FRAME_BYTES = 512  # more than a batch of one record has around it
 
 
 @dataclass
 class _WriteMessagesToKafka(beam.PTransform):
     write: beam.PTransform
+    max_bytes: int
 
     def expand(self, messages: beam.PCollection[Message]) -> Any:
         from pipeline.kafka import Record
 
         return messages | "ToKafka" >> beam.Map(_kafka_record).with_output_types(Record) | "Publish" >> self.write
+
+
+_WriteMessages = _WriteMessagesToPubSub | _WriteMessagesToKafka
 
 
 def _kafka_record(message: Message) -> tuple[bytes | None, bytes]:
@@ -241,7 +263,8 @@ SOURCES: dict[str, Callable[[str, Any], beam.PTransform]] = {
     "kafka": _read_kafka,
     "replay": _read_replay,
 }
-MESSAGES: dict[str, Callable[[str], beam.PTransform]] = {"pubsub": _write_pubsub, "kafka": _write_kafka}
+PAIRS = ("kafka",)  # sources whose elements are pairs of a key and a record
+MESSAGES: dict[str, Callable[[str], _WriteMessages]] = {"pubsub": _write_pubsub, "kafka": _write_kafka}
 TABLES: dict[str, Callable[[str, pa.Schema], beam.PTransform]] = {"bigquery": _write_bigquery}
 
 
@@ -256,16 +279,19 @@ def _found(sources: dict[str, Callable[[str, Any], beam.PTransform]], flag: str,
         raise ValueError(f"--{flag}: {error}") from None
 
 
-def _place(uri: str, flag: str, schema: pa.Schema, options: Any, name: str, job: str) -> tuple[bool, beam.PTransform]:
-    """Whether the place takes messages, and the step that writes there."""
+def _place(
+    uri: str, flag: str, schema: pa.Schema, options: Any, name: str, job: str
+) -> tuple[int | None, beam.PTransform]:
+    """The most bytes of a message there, or None where the place takes tables; and the step that writes there."""
     scheme, rest = stream_place(uri) or ("", "")
     try:
         if scheme in MESSAGES:
-            return True, MESSAGES[scheme](rest)
+            step = MESSAGES[scheme](rest)
+            return step.max_bytes, step
         if scheme in TABLES:
-            return False, TABLES[scheme](rest, schema)
+            return None, TABLES[scheme](rest, schema)
         if not scheme:
-            return False, WriteWindowFiles(
+            return None, WriteWindowFiles(
                 uri,
                 schema,
                 window_secs=options.window_secs or WINDOW_SECS,
@@ -288,11 +314,11 @@ class _WriteScored(beam.PTransform):
         self._schema, self._prefix = schema, prefix
         # A file holds one window; BigQuery's table holds all.
         self._windows = None if stream_place(options.output) else FixedWindows(options.window_secs or WINDOW_SECS)
-        self._takes_messages, self._write = _place(options.output, "output", schema, options, "scored", job)
+        self._max_bytes, self._write = _place(options.output, "output", schema, options, "scored", job)
 
     def expand(self, scored: beam.PCollection[Any]) -> beam.PCollection[pa.Table]:
-        if self._takes_messages:
-            shape = beam.ParDo(_ToMessages(self._prefix)).with_outputs("dead_letters", main="shaped")
+        if self._max_bytes is not None:
+            shape = beam.ParDo(_ToMessages(self._prefix, self._max_bytes)).with_outputs("dead_letters", main="shaped")
             shaped = scored | "ToMessages" >> shape
         else:
             shape = beam.ParDo(_ToTables(self._schema, self._prefix)).with_outputs("dead_letters", main="shaped")
@@ -318,23 +344,36 @@ class _WriteLetters(beam.PTransform):
     def __init__(self, options: Any, job: str) -> None:
         super().__init__()
         place = letters_place(options)
-        self._takes_messages, self._write = _place(
-            place, "dead_letters", DEAD_LETTER_SCHEMA, options, "dead_letters", job
-        )
+        self._max_bytes, self._write = _place(place, "dead_letters", DEAD_LETTER_SCHEMA, options, "dead_letters", job)
         self._is_files = stream_place(place) is None
+        self._keyed = (stream_place(options.input) or ("",))[0] in PAIRS
 
     def expand(self, letters: beam.PCollection[pa.Table]) -> Any:
-        if self._takes_messages:
-            letters = letters | "ToMessages" >> beam.FlatMap(letter_messages)
+        if self._max_bytes is not None:
+            letters = letters | "ToMessages" >> beam.FlatMap(letter_messages, self._max_bytes, self._keyed)
         elif not self._is_files:
             letters = letters | "Shorten" >> beam.Map(_shortened).with_output_types(pa.Table)
-        return letters | "Write" >> self._write
+        written = letters | "Write" >> self._write
+        if isinstance(written, beam.PCollection) and written.element_type is pa.Table:
+            written | "NoneRefused" >> beam.Map(_refuse_to_lose)
+        return written
+
+
+def _refuse_to_lose(letters: pa.Table) -> None:
+    """Fails the Beam bundle, which the runner tries again: there is no further place for a dead letter.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        f"--dead_letters: BigQuery refused {letters.num_rows} dead letters, which are not lost but tried again; "
+        f"expected a table with the columns {', '.join(DEAD_LETTER_SCHEMA.names)}"
+    )
 
 
 # ---- scored records as messages and as tables ------------------------------------------------------
 
-_MAX_MESSAGE_BYTES = 9_500_000  # Pub/Sub takes ten million, framing and attributes included
-_MAX_ATTRIBUTES = 100
+_MAX_ATTRIBUTES = 100  # of Pub/Sub
 _LABELS = ("model_version", "is_anomaly")
 
 
@@ -355,8 +394,17 @@ def as_message(element: Any) -> Message:
 
 def labels(data: bytes, prefix: str) -> dict[str, str]:
     """What a message says of its scores without being parsed, for the filters of subscriptions."""
-    record = json.loads(data)
-    return {name: _label(record[name]) for name in (prefix + label for label in _LABELS)}
+    record = _parsed(data)
+    return {name: _label(record[name]) for name in (prefix + label for label in _LABELS) if name in record}
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A scored record; {} where neither parser reads it with its scores: one goes deeper, one knows NaN."""
+    for loads in (json.loads, orjson.loads):
+        with suppress(ValueError, RecursionError):
+            record = loads(data)
+            return record if type(record) is dict else {}
+    return {}
 
 
 def _label(value: Any) -> str:
@@ -366,8 +414,8 @@ def _label(value: Any) -> str:
 class _ToMessages(beam.DoFn):
     """Scored elements as messages with attributes that say which model scored them, and whether they are anomalies."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix, self._letters = prefix, Letters()
+    def __init__(self, prefix: str, max_bytes: int) -> None:
+        self._prefix, self._max_bytes, self._letters = prefix, max_bytes, Letters()
 
     def process(self, element: Any, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
         message = as_message(element)
@@ -375,13 +423,14 @@ class _ToMessages(beam.DoFn):
         attributes = {**message.attributes, **added}
         if len(attributes) > _MAX_ATTRIBUTES:
             attributes = message.attributes
-        if len(message.data) > _MAX_MESSAGE_BYTES:
-            yield self._letters.send(_too_large(message, _MAX_MESSAGE_BYTES, timestamp.micros, self._prefix))
+        if len(message.data) + len(message.key or b"") > self._max_bytes:
+            yield self._letters.send(_too_large(message, self._max_bytes, timestamp.micros, self._prefix))
         else:
             yield Message(message.data, attributes, message.key)
 
 
-_undeclared: set[str] = set()
+_undeclared: set[str] = set()  # of this process
+_MAX_UNDECLARED = 1000  # names that are remembered and counted: records may make up theirs
 
 
 class _ToTables(beam.DoFn):
@@ -393,7 +442,7 @@ class _ToTables(beam.DoFn):
         self._num_undeclared_columns = Metrics.counter(NAMESPACE, "num_undeclared_columns")
 
     def start_bundle(self) -> None:
-        self._waiting: dict[Any, list[tuple[Message, int]]] = {}
+        self._waiting: dict[Any, list[_Waiting]] = {}
 
     def process(
         self, element: Any, timestamp: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
@@ -403,7 +452,8 @@ class _ToTables(beam.DoFn):
             yield self._letters.send(_too_large(message, MAX_LINE_BYTES, timestamp.micros, self._prefix))
             return
         waiting = self._waiting.setdefault(window, [])
-        waiting.append((message, timestamp.micros))
+        value = element[1] if type(element) is tuple else element
+        waiting.append(_Waiting(message, timestamp.micros, value if type(value) is dict else {}))
         if len(waiting) >= _MAX_ROWS:
             yield from self._tables(window, self._waiting.pop(window))
 
@@ -411,42 +461,103 @@ class _ToTables(beam.DoFn):
         while self._waiting:
             yield from self._tables(*self._waiting.popitem())
 
-    def _tables(self, window: Any, waiting: list[tuple[Message, int]]) -> Iterator[Any]:
-        times = [micros for _, micros in waiting]
+    def _tables(self, window: Any, waiting: list[_Waiting]) -> Iterator[Any]:
+        times = [item.micros for item in waiting]
         own = self._schema.remove(len(self._schema) - 1)
-        # What is scored is a JSON object; written again where it has line breaks.
-        lines = [_one_line(message.data) for message, _ in waiting]
-        self._tell_undeclared(json.loads(lines[0]))
+        lines = [_one_line(item.message.data) for item in waiting]
+        records = [item.record for item in waiting]
+        given = {
+            field.name: cells
+            for field in own
+            if _json_differs(field.type)
+            and (cells := _given([record.get(field.name) for record in records], field.type))
+        }
+        for row in set().union(*given.values()):
+            left = {name: cell for name, cell in records[row].items() if row not in given.get(name, ())}
+            lines[row] = json_text(left).encode()
+        self._tell_undeclared(_parsed(lines[0]))
         parsed = parse_json_lines(b"\n".join(lines), own)
+        if parsed.bad_lines:  # it was scored, but this parser does not go as deep
+            bad_rows = _bad_rows(lines, parsed)
+            faults = [(None, "malformed_record", error) for error in parsed.errors]
+            yield self._dead([waiting[row] for row in bad_rows], faults, window)
+            if rest := [item for row, item in enumerate(waiting) if row not in bad_rows]:
+                yield from self._tables(window, rest)
+            return
         table, rejects = conform(parsed.table, own)
+        for name, cells in given.items():
+            place = own.get_field_index(name)
+            table = table.set_column(place, own.field(place), _with_cells(table[name], cells))
         for rows, column, error in parsed.wrong_cells:
             rejects.add(rows, column, "wrong_type", error)
         event_times = pa.array([event_time(micros) for micros in times], pa.int64())
         table = table.append_column(self._schema.field(-1), event_times.cast(self._schema.field(-1).type))
         if len(rejects):
             bad = rejects.table().to_pylist()
-            places = [fault["row"] for fault in bad]
-            letters = _refused(
-                [waiting[place][0] for place in places],
-                [(fault["column"], fault["error_type"], fault["error"]) for fault in bad],
-                [times[place] for place in places],
-                self._prefix,
-            )
-            self._letters.count(letters)
-            yield beam.pvalue.TaggedOutput(
-                "dead_letters", _in_window(letters, min(times[place] for place in places), window)
-            )
+            faults = [(fault["column"], fault["error_type"], fault["error"]) for fault in bad]
+            yield self._dead([waiting[fault["row"]] for fault in bad], faults, window)
             times = [micros for micros, keep in zip(times, rejects.keep.tolist(), strict=True) if keep]
             table = table.filter(rejects.keep)
         if times:
             yield _in_window(table, min(times), window)
 
+    def _dead(self, refused: list[_Waiting], faults: list[tuple[Any, str, str]], window: Any) -> Any:
+        messages, times, _ = zip(*refused, strict=True)
+        letters = _refused(messages, faults, times, self._prefix)
+        self._letters.count(letters)
+        return beam.pvalue.TaggedOutput("dead_letters", _in_window(letters, min(times), window))
+
     def _tell_undeclared(self, record: dict[str, Any]) -> None:
-        """Columns that are left out, once per process: of one record per table, for most are alike."""
-        if new := record.keys() - set(self._schema.names) - _undeclared:
+        """Columns that are left out, each once per process: of one record per table, for most are alike."""
+        if len(_undeclared) < _MAX_UNDECLARED and (new := record.keys() - set(self._schema.names) - _undeclared):
+            if not _undeclared:
+                logger.warning(
+                    "columns that neither training nor --columns names are left out: %d (told once)", len(new)
+                )
+            new = set(sorted(new)[: _MAX_UNDECLARED - len(_undeclared)])
             _undeclared.update(new)
             self._num_undeclared_columns.inc(len(new))
-            logger.warning("columns that neither training nor --columns names are left out: %d (told once)", len(new))
+
+
+class _Waiting(NamedTuple):
+    """A scored element for a table."""
+
+    message: Message
+    micros: int
+    record: dict[str, Any]  # {} of one that came as JSON
+
+
+def _json_differs(kind: pa.DataType) -> bool:
+    """Whether a Python value may become something else in such a column on its way through JSON."""
+    return any(is_such(kind) for is_such in (pa.types.is_duration, pa.types.is_nested, *_BINARY))
+
+
+_BINARY = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_binary_view,
+)
+
+
+def _given(cells: Sequence[Any], kind: pa.DataType) -> dict[int, pa.Scalar]:
+    """By row, the cells that Arrow takes as they are: no text and no numbers, which are read as those of JSON."""
+    found = {}
+    for row, cell in enumerate(cells):
+        if cell is None or isinstance(cell, str | bool | int | float):
+            continue
+        with suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
+            # A duration by way of its own unit, for else Arrow cuts off what the column's cannot hold.
+            found[row] = pa.scalar(cell).cast(kind) if pa.types.is_duration(kind) else pa.scalar(cell, kind)
+    return found
+
+
+def _with_cells(column: pa.ChunkedArray, cells: dict[int, pa.Scalar]) -> pa.Array:
+    """The column with other cells in some rows."""
+    rows = np.arange(len(column))
+    rows[list(cells)] = len(column) + np.arange(len(cells))
+    values = pa.array([cell.as_py() for cell in cells.values()], column.type)
+    return pa.concat_arrays([*column.chunks, values]).take(pa.array(rows))
 
 
 def _in_window(table: pa.Table, micros: int, window: Any) -> Any:
@@ -454,23 +565,47 @@ def _in_window(table: pa.Table, micros: int, window: Any) -> Any:
 
 
 def _one_line(text: bytes) -> bytes:
-    return json.dumps(json.loads(text), ensure_ascii=False).encode() if b"\n" in text or b"\r" in text else text
+    return text.translate(_LINE_BREAKS)  # of JSON: in its strings they are escaped
 
 
-def _refused(messages: list[Message], faults: list[tuple[Any, str, str]], times: list[int], prefix: str) -> pa.Table:
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+
+
+def _bad_rows(lines: list[bytes], parsed: ParsedLines) -> dict[int, None]:
+    """The rows of the lines that were not parsed; the others are in the block, in their order."""
+    good = parsed.block.split(b"\n")[::-1] if parsed.block else []
+    bad: dict[int, None] = {}
+    for row, line in enumerate(lines):
+        if good and line == good[-1]:
+            good.pop()
+        else:
+            bad[row] = None
+    return bad
+
+
+def _refused(
+    messages: Sequence[Message], faults: list[tuple[Any, str, str]], times: Sequence[int], prefix: str
+) -> pa.Table:
     """Letters of scored records; each payload is the record with its scores."""
     return record_letters(
         [payload(message.data) for message in messages],
         faults,
-        attributes=[message.attributes or None for message in messages],
+        attributes=[_attributes(message) for message in messages],
         event_times=[event_time(micros) for micros in times],
         stage="write",
-        model_version=[json.loads(message.data)[f"{prefix}model_version"] for message in messages],
+        model_version=[labels(message.data, prefix).get(f"{prefix}model_version") for message in messages],
     )
 
 
+def _attributes(message: Message) -> dict[str, str] | None:
+    """The attributes, with the key as `ScoreRecords` writes that of a pair."""
+    key = {} if message.key is None else {"key": payload(message.key)[0]}
+    return {**key, **message.attributes} or None
+
+
 def _too_large(message: Message, limit: int, micros: int, prefix: str) -> pa.Table:
-    error = f"expected at most {limit:,} bytes with its scores, got {len(message.data):,}"
+    size = len(message.data) + len(message.key or b"")
+    error = f"expected at most {limit:,} bytes with its scores and key, got {size:,}"
     return _refused([message], [(None, "too_large", error)], [micros], prefix)
 
 
@@ -479,15 +614,44 @@ def _too_large(message: Message, limit: int, micros: int, prefix: str) -> pa.Tab
 _MAX_PAYLOAD = 1_000_000  # characters of a payload that goes on in a message or in BigQuery
 
 
-def letter_messages(letters: pa.Table) -> Iterator[Message]:
-    """Each letter as JSON; the record's own attributes, and what is wrong with it."""
+def letter_messages(letters: pa.Table, max_bytes: int, keyed: bool = False) -> Iterator[Message]:
+    """Each letter as JSON; the record's own attributes, and what is wrong with it.
+
+    Args:
+        letters: Of `DEAD_LETTER_SCHEMA`.
+        max_bytes: Of the JSON and the key.
+        keyed: Whether the attribute `key` is the record's key, and so the letter's.
+    """
     letters = _shortened(letters)
     kinds = zip(*(letters[name].to_pylist() for name in ("attributes", "stage", "error_type")), strict=True)
-    for line, (own, stage, error_type) in zip(json_rows(letters).to_pylist(), kinds, strict=True):
-        attributes = {**dict(own or ()), "dead_letter_stage": stage, "dead_letter_error_type": error_type}
+    for row, (line, (own, stage, error_type)) in enumerate(zip(json_rows(letters).to_pylist(), kinds, strict=True)):
+        own = dict(own or ())
+        attributes = {**own, "dead_letter_stage": stage, "dead_letter_error_type": error_type}
         if len(attributes) > _MAX_ATTRIBUTES:
-            attributes = dict(own)
-        yield Message(line.encode(), attributes)
+            attributes = own
+        # A record without a key has "null" there.
+        key = own["key"].encode() if keyed and own.get("key", "null") != "null" else None
+        if len(key or b"") > max_bytes // 2:
+            key = None
+        data = line.encode()
+        room = max_bytes - len(key or b"")
+        if len(data) > room:
+            data = _fitted(letters.slice(row, 1), room)
+        yield Message(data, attributes, key)
+
+
+def _fitted(letter: pa.Table, max_bytes: int) -> bytes:
+    """One letter as JSON of so many bytes: its payload, attributes and the like cut, all to one length."""
+    (fields,) = letter.to_pylist()
+    fields["payload_format"] = "cut"
+    size = max_bytes
+    while True:
+        size //= 2
+        cut = {name: value[:size] if isinstance(value, str) else value for name, value in fields.items()}
+        cut["attributes"] = [(name[:size], value[:size]) for name, value in fields["attributes"] or ()]
+        data = str(json_rows(pa.Table.from_pylist([cut], DEAD_LETTER_SCHEMA))[0].as_py()).encode()
+        if len(data) <= max_bytes or not size:
+            return data
 
 
 def _shortened(letters: pa.Table) -> pa.Table:
@@ -527,7 +691,7 @@ def _one_record(_: Any) -> dict[str, int]:
 
 def _one_scored(element: Any, prefix: str) -> dict[str, int]:
     found = labels(as_message(element).data, prefix)
-    version, anomaly = (found[prefix + name] for name in _LABELS)
+    version, anomaly = (found.get(prefix + name) for name in _LABELS)
     return {"scored": 1, "anomalies": int(anomaly == "true"), f"version {version}": 1}
 
 

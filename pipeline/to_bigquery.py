@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import apache_beam as beam
@@ -49,8 +50,8 @@ class WriteTablesToBigQuery(beam.PTransform):
         self.fields = bigquery_fields(self.schema)
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[pa.Table]:
-        times = [field.name for field in self.schema if field.name.endswith("event_time")][-1:]
-        partitions = {"timePartitioning": {"type": "DAY", "field": times[0]}} if times else {}
+        time, version = (self._last(name) for name in ("event_time", "model_version"))
+        partitions = {"timePartitioning": {"type": "DAY", "field": time}} if time else {}
         rows = tables | "ToRows" >> beam.FlatMap(bigquery_rows).with_output_types(dict[str, Any])
         written = rows | "Insert" >> WriteToBigQuery(
             self.reference,
@@ -62,14 +63,20 @@ class WriteTablesToBigQuery(beam.PTransform):
             insert_retry_strategy=RetryStrategy.RETRY_ON_TRANSIENT_ERROR,
             additional_bq_parameters=partitions,
         )
-        refuse = beam.ParDo(_Refuse()).with_output_types(pa.Table)
+        refuse = beam.ParDo(_Refuse(time, version)).with_output_types(pa.Table)
         return written.failed_rows_with_errors | "Refused" >> refuse
+
+    def _last(self, name: str) -> str | None:
+        """The score column of that name, which may have a prefix."""
+        found: list[str] = [field.name for field in self.schema if field.name.endswith(name)]
+        return found[-1] if found else None
 
 
 class _Refuse(beam.DoFn):
-    """Rows that BigQuery refused, as dead letters."""
+    """Rows that BigQuery refused, as dead letters; the columns of time and version say more of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, time: str | None, version: str | None) -> None:
+        self._time, self._version = time or "", version or ""
         self._letters = Letters()
 
     def process(self, failed: tuple[str, dict[str, Any], Sequence[Any]]) -> list[pa.Table]:
@@ -78,12 +85,20 @@ class _Refuse(beam.DoFn):
             [(json_text(row), "json")],
             [(None, "refused_by_bigquery", f"{table}: {json_text(errors)}")],
             attributes=[None],
-            event_times=[None],
+            event_times=[_micros(row.get(self._time))],
             stage="write",
-            model_version=None,
+            model_version=row.get(self._version),
         )
         self._letters.count(letters)
         return [letters]
+
+
+def _micros(text: str | None) -> int | None:
+    """Microseconds since 1970 of a time as `bigquery_rows` writes it."""
+    return None if text is None else (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def bigquery_rows(table: pa.Table) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from pipeline.sources import split_suffix
 from vae_model.overlap import table_writer
 from vae_model.tables import rechunk
 
-ALWAYS_SECS = 10 * 365 * 86_400  # of allowed lateness, where no limit is asked for
+# Of allowed lateness, where no limit is asked for: older than any calendar date, and a time that runners can hold.
+ALWAYS_SECS = 10_000 * 366 * 86_400
 FORMATS = ("parquet", "jsonl")
 _MAX_TABLES = 1000  # in a file: a runner may hold them all
 _MAX_ROWS = 16_384  # in a row group
@@ -47,7 +48,7 @@ class WriteWindowFiles(beam.PTransform):
         schema: The schema of every table.
         window_secs: Length of a window.
         allowed_lateness_secs: After a window's end, by the watermark. What comes still later is dropped by
-            Beam. None: nothing is.
+            Beam. None: nothing is that has a time, be it of the year 1.
         name: The files' name.
         job: A word that goes into the names. Two jobs that write the same windows to one directory, such as one
             that is started again after it was stopped, need different words, or the second replaces files of the first.

@@ -297,8 +297,8 @@ class _Split(beam.PTransform):
         return scored, elements | "Letters" >> beam.Filter(is_letters)
 
 
-def letters(number, time):
-    lines = line_letters(["secret"] * number, ["e"] * number, payload_format="json", source=None, stage="score")
+def letters(number, time, stage="score"):
+    lines = line_letters(["secret"] * number, ["e"] * number, payload_format="json", source=None, stage=stage)
     return TimestampedValue(lines, time)
 
 
@@ -319,6 +319,12 @@ def test_windows_with_too_many_dead_letters_are_told(as_tables, caplog):
     assert len(caplog.messages) == 2
     assert "3 beside 3 scored records from 1970-01-01T00:00:00Z" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_what_is_refused_where_it_is_written_is_not_scored_as_well():
+    elements = [*(record(time) for time in range(10)), letters(6, 2, "write"), letters(2, 3)]
+    [value] = run(elements, _Split(), AlertOnDeadLetters(0.6)).values
+    assert (value["num_scored"], value["num_dead_letters"], value["fraction"]) == (4, 8, 8 / 12)
 
 
 def test_records_without_times_are_one_window():

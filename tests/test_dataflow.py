@@ -156,7 +156,8 @@ def test_a_template_is_written_and_not_started(cloud, places, submit, kind):
         given += ["--reasons=2", "--score_prefix=", "--enable_streaming_engine=true"]
         given += ["--overwrite=true"] if kind == "batch" else []
     elif kind == "streaming":
-        given.append("--streaming")
+        given += ["--streaming", "--output=pubsub:projects/my-project/topics/scored"]  # its files are refused
+        given.append("--dead_letters=pubsub:projects/my-project/topics/dead")
     before = len(dataflow.jobs)
     assert submit([*given, "--runner=DataflowRunner", *flags]) == 0
     assert len(dataflow.jobs) == before

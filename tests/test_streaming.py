@@ -20,16 +20,24 @@ from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.testing.util import assert_that, equal_to
-from apache_beam.transforms.window import TimestampedValue
-from apache_beam.utils.timestamp import MIN_TIMESTAMP
+from apache_beam.transforms.window import GlobalWindow, TimestampedValue
+from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
 
-from pipeline import window_files
+from pipeline import streaming, window_files
 from pipeline.command import main
 from pipeline.options import add_arguments, check
 from pipeline.records import DEAD_LETTER_SCHEMA, record_letters
 from pipeline.run import run
-from pipeline.streaming import as_message, build_streaming, letter_messages, table_schema
-from pipeline.to_bigquery import WriteTablesToBigQuery, bigquery_fields, bigquery_rows
+from pipeline.streaming import (
+    _ToTables,
+    _WriteLetters,
+    as_message,
+    build_streaming,
+    labels,
+    letter_messages,
+    table_schema,
+)
+from pipeline.to_bigquery import WriteTablesToBigQuery, _Refuse, bigquery_fields, bigquery_rows
 from pipeline.window_files import WriteWindowFiles
 from vae_model.bundle import REASON_TYPE
 
@@ -62,6 +70,14 @@ def stream_flags(bundle="bundle", output="out", **more) -> list[str]:
         ({"max_batch_duration_secs": "nan"}, "--max_batch_duration_secs: expected a number > 0, got nan"),
         ({"allowed_lateness_secs": -1}, "--allowed_lateness_secs: expected a number >= 0, got -1"),
         ({"num_shards": 0}, "--num_shards: expected a number >= 1, got 0"),
+        (
+            {"output": "kafka:h:1/a", "dead_letters": "kafka:h:1/b", "num_shards": 2},
+            "--num_shards: is for files",
+        ),
+        (
+            {"output": "kafka:h:1/a", "dead_letters": "bigquery:a.b.c", "allowed_lateness_secs": 2},
+            "--allowed_lateness_secs: is for files",
+        ),
         ({"input": "replay:x.parquet", "id_attribute": "id"}, "--id_attribute: expected only with --input pubsub:"),
     ],
 )
@@ -125,6 +141,14 @@ def test_what_local_runners_cannot_do_is_refused(first_uri, tmp_path):
                 *stream_flags(first_uri, tmp_path, input="kafka:localhost:9092/in", dead_letters="pubsub:x"),
             ]
         )
+
+
+@pytest.mark.parametrize("output", ["gs://bucket/out", f"pubsub:{PROJECT}/topics/out"])
+def test_a_classic_template_writes_no_files_of_a_stream(output, first_uri):
+    """The word in their names would be the same for each of its launches."""
+    flags = stream_flags(first_uri, output, dead_letters="gs://bucket/dead", template_location="gs://bucket/t")
+    with pytest.raises(ValueError, match="--template_location: expected no files from a stream"):
+        run(["--streaming", *flags])
 
 
 # ---- files by window -----------------------------------------------------------------------------
@@ -199,6 +223,16 @@ def test_rows_are_dropped_as_too_late_only_where_that_is_asked_for(tmp_path):
 
     assert ids_in(write(source(), tmp_path / "all")) == [1, 2]
     assert ids_in(write(source(), tmp_path / "some", allowed_lateness_secs=10)) == [1]
+
+
+def test_devices_without_a_clock_are_not_too_late(tmp_path):
+    """Their times are of 1970, or of the calendar's first year; the watermark is today's."""
+    first_year, now = -62_135_596_800, 1_795_000_000
+    source = TestStream().advance_watermark_to(first_year).add_elements([TimestampedValue(numbered(1), now)])
+    source = source.advance_watermark_to(now + 3600)
+    source = source.add_elements([TimestampedValue(numbered(2), 0), TimestampedValue(numbered(3), first_year)])
+    source = source.advance_processing_time(100).advance_watermark_to_infinity()
+    assert ids_in(write(source, tmp_path / "out")) == [1, 2, 3]
 
 
 def test_a_window_of_very_many_tables_is_written_in_parts(tmp_path, monkeypatch):
@@ -304,6 +338,87 @@ def test_what_does_not_fit_the_tables_becomes_a_dead_letter_and_the_rest_is_writ
     assert [time.timestamp() for time in written["event_time"].to_pylist()] == [1_000_000_000, 1_000_000_001]
 
 
+def shaped_tables(elements: list, schema: pa.Schema) -> tuple[list[dict], list[dict]]:
+    """The rows and the letters of scored elements in one Beam bundle."""
+    step = _ToTables(schema, "")
+    step.start_bundle()
+    times = [Timestamp(1_000_000_000 + i) for i in range(len(elements))]
+    found = [item for pair in zip(elements, times, strict=True) for item in step.process(*pair, window=GlobalWindow())]
+    found += step.finish_bundle()
+    dead = [item.value for item in found if isinstance(item, beam.pvalue.TaggedOutput)]
+    tables = [item.value for item in found if not isinstance(item, beam.pvalue.TaggedOutput)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    return rows, [letter for item in dead for letter in getattr(item, "value", item).to_pylist()]
+
+
+def test_what_comes_as_python_values_is_in_tables_what_it_was():
+    """As a table is replayed: JSON has no durations, bytes or maps."""
+    structs = pa.list_(pa.struct([("at", pa.timestamp("us")), ("raw", pa.binary())]))
+    typed = pa.table(
+        {
+            "wait": pa.array([372, None, 5], pa.duration("s")),
+            "raw": [b"\xff\x00", b"aGk=", None],
+            "pairs": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+            "parts": pa.array([[{"at": datetime.datetime(2026, 1, 2), "raw": b"\xfe"}], [], None], structs),
+            "id": ["a", "b", "c"],
+        }
+    )
+    scores = {"anomaly_score": 1.5, "model_version": "abc"}
+    added = [("anomaly_score", pa.float64()), ("model_version", pa.string()), ("event_time", pa.timestamp("us", "UTC"))]
+    schema = pa.schema([*typed.schema, *added])
+    records = [{**row, **scores} for row in typed.to_pylist()]
+    rows, dead = shaped_tables([records[0], (b"key", records[1]), records[2]], schema)
+    assert dead == []
+    assert [{name: row[name] for name in records[0]} for row in rows] == records
+    wrong = [
+        {**records[0], "wait": datetime.timedelta(seconds=1.5)},
+        {**records[0], "wait": 7},
+        {**records[0], "pairs": [("a", "far")]},
+        json.dumps({**scores, "wait": 8}),
+    ]
+    rows, dead = shaped_tables(wrong, schema)
+    assert [row["wait"].total_seconds() for row in rows] == [7, 8]
+    assert [(letter["column"], letter["error_type"]) for letter in dead] == [
+        ("wait", "wrong_type"),
+        ("pairs", "wrong_type"),
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_record_nested_deeper_than_python_reads_costs_only_itself(first, place):
+    """It may be scored: orjson goes deeper. The last record makes Arrow refuse the block."""
+    texts = [b'{"count":%d,' % i + SCORES for i in range(2)]
+    texts.insert(place, b'{"count":7,"more":' + b"[" * 5_000 + b"]" * 5_000 + b"," + SCORES)
+    texts.append(b'{"count":{"no":"number"},' + SCORES)
+    rows, dead = shaped_tables(texts, table_schema(first, options("--columns=count")))
+    assert [row["count"] for row in rows] == [0, 1]
+    times = [row["event_time"].timestamp() - 1_000_000_000 for row in rows]
+    assert times == [second for second in range(3) if second != place]
+    assert [letter["error_type"] for letter in dead] == ["malformed_record", "wrong_type"]
+    assert dead[0]["payload"].encode() == texts[place]
+    assert {letter["stage"] for letter in dead} == {"write"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [("[" * 990 + "]" * 990, ("abc", "false")), ("NaN", ("abc", "false")), ("[" * 5_000 + "]" * 5_000, (None, None))],
+)
+def test_labels_stop_at_no_record(more, expected):
+    found = labels(f'{{"more":{more},'.encode() + SCORES, "")
+    assert (found.get("model_version"), found.get("is_anomaly")) == expected
+
+
+def test_columns_that_records_make_up_are_told_once_and_not_remembered_for_ever(first, monkeypatch, caplog):
+    monkeypatch.setattr(streaming, "_undeclared", set())
+    schema = table_schema(first, options("--columns=count"))
+    for i in range(30):
+        names = b",".join(b'"made-%d-%d":0' % (i, j) for j in range(100))
+        rows, dead = shaped_tables([b'{"count":1,' + names + b"," + SCORES], schema)
+        assert (len(rows), dead) == (1, [])
+    assert len(streaming._undeclared) == 1000
+    assert len([record for record in caplog.records if "left out" in record.getMessage()]) == 1
+
+
 def letters(payload: str, **attributes: str) -> pa.Table:
     fault = (None, "malformed_record", "no JSON")
     return record_letters(
@@ -312,7 +427,7 @@ def letters(payload: str, **attributes: str) -> pa.Table:
 
 
 def test_a_dead_letter_as_a_message_says_in_its_attributes_what_is_wrong():
-    (message,) = letter_messages(letters("{bad", id="7"))
+    (message,) = letter_messages(letters("{bad", id="7"), 10_000)
     assert message.attributes == {
         "id": "7",
         "dead_letter_stage": "score",
@@ -327,7 +442,7 @@ def test_a_dead_letter_as_a_message_says_in_its_attributes_what_is_wrong():
 def test_messages_stay_within_the_limits_of_pubsub():
     """Beam's own check raises, and a message that raises is tried for ever."""
     many = {f"a{i}": "x" for i in range(99)}
-    (message,) = letter_messages(letters('"\\' * 3_000_000, **many))
+    (message,) = letter_messages(letters('"\\' * 3_000_000, **many), 9_500_000)
     PubsubMessage(message.data, message.attributes)._to_proto_str(for_publish=True)
     assert json.loads(message.data)["payload_format"] == "cut"
     assert message.attributes == many
@@ -341,7 +456,7 @@ def test_scored_messages_that_are_too_large_or_have_all_attributes_are_not_lost(
     full = PubsubMessage(b'{"id":1,' + SCORES, many)
     fine = PubsubMessage(b'{"id":2,' + SCORES, {"id": "2"}, ordering_key="k")
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        shape = beam.ParDo(_ToMessages("")).with_outputs("dead_letters", main="shaped")
+        shape = beam.ParDo(_ToMessages("", 9_500_000)).with_outputs("dead_letters", main="shaped")
         shaped = pipeline | beam.Create([large, full, fine], reshuffle=False) | shape
         assert_that(
             shaped.shaped | beam.Map(tuple),
@@ -420,6 +535,47 @@ def test_beam_takes_the_schema_and_the_rows_for_bigquery():
     assert datetime.datetime.fromisoformat(rows[0]["time"]) == WIDE["time"][0].as_py()
 
 
+def test_letters_of_rows_that_bigquery_refuses_say_when_and_by_which_model():
+    micros = 1_767_323_045_000_678
+    scored = pa.table(
+        {
+            "id": [1],
+            "x_model_version": ["abc"],
+            "x_event_time": pa.array([micros], pa.int64()).cast(pa.timestamp("us", "UTC")),
+        }
+    )
+    rows = bigquery_rows(scored)
+    [letter] = _Refuse("x_event_time", "x_model_version").process(("t", rows[0], [{"reason": "invalid"}]))
+    [found] = letter.to_pylist()
+    assert (found["event_time"], found["model_version"]) == (scored["x_event_time"][0].as_py(), "abc")
+    assert (found["stage"], found["error_type"], json.loads(found["payload"])) == (
+        "write",
+        "refused_by_bigquery",
+        rows[0],
+    )
+    assert WriteTablesToBigQuery("project-a.d.t", scored.schema)._last("event_time") == "x_event_time"
+
+
+class _RefuseAll(beam.PTransform):
+    """In place of BigQuery, which is not here."""
+
+    def expand(self, tables):
+        return tables | beam.Map(lambda table: table).with_output_types(pa.Table)
+
+
+def test_dead_letters_that_bigquery_refuses_are_not_lost_in_silence():
+    write = _WriteLetters(
+        options(*stream_flags(output="bigquery:project-a.d.t", dead_letters="bigquery:project-a.d.u")), ""
+    )
+    write._write = _RefuseAll()
+    pipeline = beam.Pipeline("FnApiRunner")
+    tables = pipeline | beam.Create([letters("secret")], reshuffle=False)
+    tables.element_type = pa.Table
+    tables | write
+    with pytest.raises(RuntimeError, match="BigQuery refused 1 dead letters"):
+        pipeline.run()
+
+
 def test_bigquery_lacks_lists_of_lists_and_strange_names():
     for name, kind, error in (
         ("a b", pa.int64(), "a b: expected a name"),
@@ -486,8 +642,9 @@ def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first
         assert all(start <= when < start + datetime.timedelta(days=7) for when in times)
 
 
-def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog):
+def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog, monkeypatch):
     """Every tenth record of January is malformed, and every third of March."""
+    monkeypatch.setattr(streaming, "_undeclared", set())
     table = mixed_table.select(["length", "count", "color", "seen_at", "price"]).sort_by("seen_at").slice(0, 900)
     months = table["seen_at"].to_numpy().astype("datetime64[M]").astype(int) % 12
     length = [
@@ -579,10 +736,39 @@ def test_from_kafka_to_kafka_keys_stay_and_what_cannot_be_scored_has_its_own_top
     scores = first.score(table)["anomaly_score"].to_pylist()
     expected = {f"key-{i}".encode(): score for i, score in enumerate(scores) if i % 10}
     assert {key: row["anomaly_score"] for key, row in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    letters = [json.loads(message.value()) for message in consume(kafka_host, "dead", 3)]
-    assert len(letters) == 3
+    dead = consume(kafka_host, "dead", 3)
+    letters = [json.loads(message.value()) for message in dead]
     assert {letter["stage"] for letter in letters} == {"score"}
-    assert "key-10" in json.dumps(letters)
+    assert sorted(message.key() for message in dead) == [b"key-0", b"key-10", b"key-20"]
+
+
+def test_what_is_too_large_for_kafka_with_its_scores_is_a_letter_that_is_not(first, first_uri, mixed_table, kafka_host):
+    """The brokers' client refuses more than a million bytes, key and all."""
+    import confluent_kafka as kafka
+
+    row = mixed_table.slice(0, 1).select(["length", "count", "color"]).to_pylist()[0]
+    producer = kafka.Producer({"bootstrap.servers": kafka_host})
+    large = json.dumps({**row, "more": "x" * 999_600})
+    for key, text in (("fine", json.dumps(row)), ("scored", large), (None, "\x01" * 600_000)):
+        producer.produce("in", text, key=key)
+    producer.produce("in", "{", key="k" * 600_000)
+    assert producer.flush(20) == 0
+    places = {"input": f"kafka:{kafka_host}/in?until=now", "dead_letters": f"kafka:{kafka_host}/dead"}
+    summary = run(["--streaming", *stream_flags(first_uri, f"kafka:{kafka_host}/scored", **places)])
+    assert (summary.num_records, summary.num_scored, summary.num_dead_letters) == (4, 1, 3)
+    [scored] = consume(kafka_host, "scored", 1)
+    assert scored.key() == b"fine"
+    found = [(message.key(), json.loads(message.value())) for message in consume(kafka_host, "dead", 3)]
+    by_key = sorted((key or b"", letter["error_type"], letter["payload_format"]) for key, letter in found)
+    assert by_key == [
+        (b"", "malformed_record", "cut"),
+        (b"", "malformed_record", "json"),  # its key has no room beside itself as an attribute
+        (b"scored", "too_large", "cut"),
+    ]
+    [(_, letter)] = [item for item in found if item[0] == b"scored"]
+    assert letter["model_version"] == first.model_version
+    assert large.startswith(letter["payload"])
+    assert len(letter["payload"]) > 400_000
 
 
 # ---- the job, on a real Pub/Sub server -----------------------------------------------------------
