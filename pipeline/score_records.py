@@ -469,7 +469,8 @@ def _attributes(element: Any) -> dict[str, str] | None:
     """Of a message, and the key of a pair."""
     key = {}
     if is_keyed(element):
-        key, element = {"key": payload(element[0])[0]}, element[1]
+        name, element = element
+        key = {} if name is None else {"key": payload(name)[0]}
     own = element.attributes if isinstance(element, PubsubMessage) else None
     return {**(own or {}), **key} if own or key else None
 

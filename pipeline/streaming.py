@@ -629,8 +629,7 @@ def letter_messages(letters: pa.Table, max_bytes: int, keyed: bool = False) -> I
         attributes = {**own, "dead_letter_stage": stage, "dead_letter_error_type": error_type}
         if len(attributes) > _MAX_ATTRIBUTES:
             attributes = own
-        # A record without a key has "null" there.
-        key = own["key"].encode() if keyed and own.get("key", "null") != "null" else None
+        key = own["key"].encode() if keyed and "key" in own else None
         if len(key or b"") > max_bytes // 2:
             key = None
         data = line.encode()
