@@ -97,7 +97,7 @@ def debian_with_python(folder):
     """A root folder as `python:3.11-slim-bookworm` has it: pip may install, and Python is `python` too."""
     packages = "--include=python3,python3-pip,python-is-python3,ca-certificates"
     subprocess.run(
-        ["debootstrap", "--variant=minbase", packages, "bookworm", folder, "http://deb.debian.org/debian"],
+        ["debootstrap", "--variant=minbase", packages, "bookworm", folder],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -5,6 +5,7 @@ The false discovery rate (FDR) is the expected share of false ones among the dis
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -75,7 +76,7 @@ def _checked(p_values: np.ndarray) -> np.ndarray:
 # ---- one after another ---------------------------------------------------------------------------
 
 
-class OnlineProcedure:
+class OnlineProcedure(ABC):
     """Tests p-values in their order, for ever: each is decided before the next one is known.
 
     A level is `scale * sum_j w_j gamma(clock - mark_j + 1)`, at most `cap`, with a non-increasing gamma that sums
@@ -109,12 +110,13 @@ class OnlineProcedure:
         self._weights = np.zeros(0)
 
     @staticmethod
+    @abstractmethod
     def gamma(index: np.ndarray) -> np.ndarray:
         """How wealth is spread over the clock's ticks 1, 2, ..."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _moves_clock(self, p: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """1 for the p-values that move the clock, else 0."""
 
     @property
     def level(self) -> float:
