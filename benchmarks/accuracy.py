@@ -13,14 +13,15 @@ is its own: `dte`. Needs scikit-learn, and pyod with torch; methods whose librar
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,8 +29,11 @@ import pyarrow as pa
 from scipy.stats import rankdata, wilcoxon
 
 from benchmarks.peers import PEERS, Fitted, Method
-from benchmarks.runs import Grid, Row, Runs, hand_over, run_all
+from benchmarks.runs import Grid, Row, Runs, arguments, failures, hand_over, run_all, told
 from benchmarks.tables import CLEAN_ROWS, PROTOCOLS, Split, find_tables, read_table
+
+if TYPE_CHECKING:
+    from vae_model import Bundle
 
 KEY = ("protocol", "cap", "table", "seed", "method")
 METRICS = {"auroc": "AUROC", "aupr": "AUPR"}
@@ -50,12 +54,17 @@ NUM_PUBLISHED = 4  # shown table by table; the means are of all
 # ---- methods -------------------------------------------------------------------------------------
 
 
-def ours(quality: str, seed: int, train: pa.Table) -> Fitted:
-    """The public fit and score with their defaults."""
+def fit_ours(quality: str, seed: int, train: pa.Table) -> Bundle:
+    """The public fit with its defaults."""
     from vae_model import TrainingConfig, fit
 
-    chosen = {} if quality == "default" else {"quality": quality}
-    bundle = fit(train, training=TrainingConfig(seed=seed), **chosen)
+    chosen: dict[str, Any] = {} if quality == "default" else {"quality": quality}
+    return fit(train, training=TrainingConfig(seed=seed), **chosen)
+
+
+def ours(quality: str, seed: int, train: pa.Table) -> Fitted:
+    """The public fit and score."""
+    bundle = fit_ours(quality, seed, train)
     version = f"beam-vae {bundle.card['versions']['beam-vae']}, model {bundle.model_version}"
     return Fitted(lambda table: bundle.score(table).column("anomaly_score").to_numpy(), version)
 
@@ -84,7 +93,7 @@ def measure(method: str, seed: int, split: Split) -> Row:
         if (wrong := int((~np.isfinite(scores)).sum())) or len(scores) != split.test.num_rows:
             raise ValueError(f"{wrong:,} of {len(scores):,} scores are not finite, of {split.test.num_rows:,} rows")
     except Exception as error:  # whatever a library raises is its result
-        return {**found, "error": f"{type(error).__name__}: {error}"[:500]}
+        return {**found, "error": told(error)}
     return {
         **found,
         "auroc": float(roc_auc_score(split.anomalous, scores)),
@@ -143,8 +152,8 @@ class Results:
 
     def sd_of_mean(self, method: str, tables: Sequence[str]) -> float:
         """Standard deviation over seeds of the mean over tables; NaN where under two seeds ran on all of them."""
-        means = self.by_seed.loc[list(tables), method].mean(skipna=False).dropna()
-        return float(means.std())
+        values = self.by_seed[method].loc[list(tables)].to_numpy()  # (tables, seeds)
+        return float(pd.Series(values.mean(axis=0)).std())
 
 
 def average_ranks(mean: pd.DataFrame, failed: pd.DataFrame) -> tuple[pd.Series, int]:
@@ -210,7 +219,9 @@ def report(runs: pd.DataFrame, published: Path | None, *, markdown: bool) -> Non
             grid.rows.append([f"{label} ({len(names)})", *means])
         grid.print(markdown=markdown)
     _summary(runs, results, others, order, tables, clean, where).print(markdown=markdown)
-    _failures(runs, markdown=markdown)
+    constant = runs["distinct_scores"] == 1
+    for grid in failures(runs.assign(error=runs["error"].where(~constant, "all scores are the same"))):
+        grid.print(markdown=markdown)
 
 
 def _summary(
@@ -257,20 +268,20 @@ def _summary(
         cells += [_figure(seconds[name].get(method)) for name in ("fit_seconds", "score_seconds")]
         for name in mine:
             ps = [signed_rank_p(results[m].mean[name], column[m]) if name != method else np.nan for m in METRICS]
-            cells += ["" if np.isnan(p) else f"{p:.2g}" for p in ps]
+            cells += ["" if math.isnan(p) else f"{p:.2g}" for p in ps]
         lines.append((column["auroc"].mean(), [method, *cells]))
     lines.sort(key=lambda line: -np.nan_to_num(line[0], nan=-1))
     return Grid(title, headings, [cells for _, cells in lines])
 
 
-def _figure(value: float | None) -> str:
+def _figure(value: Any) -> str:
     return "" if value is None or np.isnan(value) else f"{value:.1f}"
 
 
 def _cell(found: Results, table: str, method: str) -> str:
     if found.failed.loc[table, method]:
         return "failed"
-    sd = found.sd.loc[table, method]
+    sd: Any = found.sd.loc[table, method]
     return _figure(found.mean.loc[table, method]) + ("" if np.isnan(sd) else f" ±{sd:.1f}")
 
 
@@ -284,37 +295,16 @@ def _mean(column: pd.Series, found: Results, method: str) -> str:
     return text if len(there) == len(column) else f"{text} ({len(there)})"
 
 
-def _failures(runs: pd.DataFrame, *, markdown: bool) -> None:
-    """What failed, and whose scores were all the same."""
-    grid = Grid("Failed, or all scores the same", ["method", "table", "seeds", "error"])
-    constant = runs["distinct_scores"] == 1
-    wrong = runs.assign(error=runs["error"].where(~constant, "constant scores"))[(runs["error"] != "") | constant]
-    for (method, table, error), group in wrong.groupby(["method", "table", "error"]):
-        grid.rows.append([method, table, " ".join(map(str, sorted(group["seed"]))), error])
-    if grid.rows:
-        grid.print(markdown=markdown)
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of Parquet tables; without it nothing runs.")
+    parser = arguments(__doc__, "benchmarks/scratch/accuracy.csv")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="dte", help="How tables are split (dte).")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="Seeds 0 to N - 1 (5).")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="By default, all that can run here.")
-    parser.add_argument("--tables", nargs="+", metavar="NAME", default=(), help="Files without .parquet; all.")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/scratch/accuracy.csv"), metavar="CSV")
-    parser.add_argument("--cap", type=int, default=50_000, help="Rows of a table at most (50,000).")
-    parser.add_argument("--processes", type=int, default=2, help="At a time (2).")
-    parser.add_argument("--threads", type=int, default=1, help="Of each process (1).")
-    parser.add_argument("--retry", action="store_true", help="Also run again what failed.")
     parser.add_argument("--published", type=Path, metavar="DIR", help="A paper's figures, for the protocol dte.")
-    parser.add_argument("--markdown", action="store_true", help="Print for a document.")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.one:
         hand_over(work(json.loads(args.one)))
         return
@@ -329,17 +319,13 @@ def main() -> None:
             jobs.append(runs.missing(wanted, retry=args.retry))
         if absent:
             print(f"left out, for want of their libraries: {', '.join(absent)}")
-        run_all("benchmarks.accuracy", [job for job in jobs if job], runs, describe, **_limits(args))
+        run_all("benchmarks.accuracy", jobs, runs, describe, processes=args.processes, threads=args.threads)
     frame = runs.frame()
     frame = frame[(frame["protocol"] == args.protocol) & (frame["cap"] == args.cap) & (frame["seed"] < args.seeds)]
     frame = frame[frame["method"].isin(methods) & (frame["table"].isin(args.tables) | (not args.tables))]
     if frame.empty:
         raise SystemExit(f"{args.out}: expected runs of protocol {args.protocol} with cap {args.cap}, got none")
     report(frame, args.published, markdown=args.markdown)
-
-
-def _limits(args: argparse.Namespace) -> dict[str, int]:
-    return {"processes": args.processes, "threads": args.threads}
 
 
 if __name__ == "__main__":

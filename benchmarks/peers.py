@@ -84,23 +84,18 @@ def _levels(table: pa.Table, name: str) -> pd.Series:
     return column.cast(pa.large_string()).to_pandas()
 
 
-def standard(seed: int) -> Any:
+def standard(seed: int, num_rows: int) -> Any:
     """Mean 0 and standard deviation 1; a constant stays at 0."""
     from sklearn.preprocessing import StandardScaler
 
     return StandardScaler()
 
 
-def quantile(seed: int) -> Any:
+def quantile(seed: int, num_rows: int) -> Any:
     """Normal scores."""
     from sklearn.preprocessing import QuantileTransformer
 
-    class FewRows(QuantileTransformer):
-        def fit(self, x: np.ndarray, y: None = None) -> Any:
-            self.n_quantiles = min(self.n_quantiles, len(x))  # as it would itself, with a warning
-            return super().fit(x)
-
-    return FewRows(output_distribution="normal", random_state=seed)
+    return QuantileTransformer(n_quantiles=min(1000, num_rows), output_distribution="normal", random_state=seed)
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def pyod(name: str, module: str, *others: str, **options: Any) -> Method:
     """A detector of PyOD on standardised inputs; "seed" among the options is replaced by the run's."""
 
     def fit(seed: int, train: pa.Table) -> Fitted:
-        prepare = Preparation(train, standard(seed))
+        prepare = Preparation(train, standard(seed, train.num_rows))
         given = {key: seed if value == "seed" else value for key, value in options.items()}
         detector = getattr(importlib.import_module(module), name)(**given)
         detector.fit(prepare(train))
@@ -135,13 +130,13 @@ def pyod(name: str, module: str, *others: str, **options: Any) -> Method:
     return Method(fit, (module, *others))
 
 
-def knn_meansq(scaler: Callable[[int], Any]) -> Method:
+def knn_meansq(scaler: Callable[[int, int], Any]) -> Method:
     """Mean of the squared distances to the 5 nearest training rows."""
 
     def fit(seed: int, train: pa.Table) -> Fitted:
         from sklearn.neighbors import NearestNeighbors
 
-        prepare = Preparation(train, scaler(seed))
+        prepare = Preparation(train, scaler(seed, train.num_rows))
         neighbors = NearestNeighbors(n_neighbors=NUM_NEIGHBORS).fit(prepare(train))
 
         def score(table: pa.Table) -> np.ndarray:

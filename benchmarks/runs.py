@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -38,7 +39,7 @@ class Runs:
 
     Args:
         path: Of the file; it is begun where there is none.
-        key: Columns that name a run.
+        key: Columns that name a run, "cap" and "seed" among them, which are whole numbers.
         numbers: Columns of numbers, empty where a run failed.
         texts: Other columns; "error", empty where a run succeeded, and "version" are always there.
     """
@@ -69,17 +70,33 @@ class Runs:
     def frame(self) -> pd.DataFrame:
         """All runs; of those with the same key, the last."""
         frame = pd.read_csv(self._path, dtype=str, keep_default_na=False).drop_duplicates(self._key, keep="last")
-        for name in {"cap", "seed", *self._numbers} & set(frame):
+        for name in self._numbers:
             frame[name] = pd.to_numeric(frame[name])
-        return frame.reset_index(drop=True)
+        return frame.reset_index(drop=True).astype({"cap": int, "seed": int})
 
     def missing(self, wanted: Sequence[Row], *, retry: bool = False) -> list[Row]:
         """Those that the file does not have; with `retry`, also those that failed."""
         frame = self.frame()
         if retry:
             frame = frame[frame.error == ""]
-        there = {self.key(row) for row in frame.to_dict("records")}
+        there = set(frame[self._key].astype(str).itertuples(index=False, name=None))
         return [row for row in wanted if self.key(row) not in there]
+
+
+def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+    """What all such programs are told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of Parquet tables; without it nothing runs.")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="Seeds 0 to N - 1 (5).")
+    parser.add_argument("--tables", nargs="+", metavar="NAME", default=(), help="Files without .parquet; all.")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="CSV", help=f"Where runs are kept ({out}).")
+    parser.add_argument("--cap", type=int, default=50_000, help="Rows of a table at most (50,000).")
+    parser.add_argument("--processes", type=int, default=2, help="At a time (2).")
+    parser.add_argument("--threads", type=int, default=1, help="Of each process (1).")
+    parser.add_argument("--retry", action="store_true", help="Also run again what failed.")
+    parser.add_argument("--markdown", action="store_true", help="Print for a document.")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -108,7 +125,11 @@ def run_all(
         threads: Of each.
     """
     environment = {**os.environ, **dict.fromkeys(_THREAD_LIMITS, str(threads))}
+    jobs = [job for job in jobs if job]
+    if not jobs:
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    running: set[subprocess.Popen[str]] = set()
     stopped = threading.Event()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("runs", total=sum(map(len, jobs)))
@@ -121,7 +142,7 @@ def run_all(
         def do(job: Sequence[Row]) -> None:
             rest = list(job)
             while rest and not stopped.is_set():
-                ended = _start(module, rest, environment, done)
+                ended = _start(module, rest, environment, running, done)
                 if rest and ended and not stopped.is_set():
                     done({**rest.pop(0), "error": ended})
 
@@ -131,21 +152,31 @@ def run_all(
                     pass
             except BaseException:  # an interrupt: the file is as complete as it got
                 stopped.set()
+                for process in list(running):
+                    process.terminate()
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
-def _start(module: str, rest: list[Row], environment: dict[str, str], done: Callable[[Row], None]) -> str:
+def _start(
+    module: str,
+    rest: list[Row],
+    environment: dict[str, str],
+    running: set[subprocess.Popen[str]],
+    done: Callable[[Row], None],
+) -> str:
     """Runs one process, taking from `rest` what it has done; returns how it failed, if it did."""
     command = [sys.executable, "-m", module, "--one", json.dumps(rest)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        running.add(process)
         with process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(_MARK):
                     rest.pop(0)
                     done(json.loads(line.removeprefix(_MARK)))
+        running.discard(process)
         if process.returncode == -signal.SIGINT:
             raise KeyboardInterrupt
         if not rest:
@@ -153,6 +184,11 @@ def _start(module: str, rest: list[Row], environment: dict[str, str], done: Call
         errors.seek(0)
         said = errors.read().strip().splitlines()[-1:]
         return f"process ended with code {process.returncode}: {' '.join(said)}"
+
+
+def told(error: Exception) -> str:
+    """What a failed run's line says."""
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def hand_over(results: Iterator[Row]) -> None:
@@ -186,6 +222,15 @@ class Grid:
             table.add_row(*map(_strong, row))
         cells = [max(len(line[i]) for line in (self.headings, *self.rows)) + 3 for i in range(len(self.headings))]
         Console(width=max(80, min(sum(cells) + 1, 400))).print(table)
+
+
+def failures(runs: pd.DataFrame) -> list[Grid]:
+    """What went wrong, if anything did."""
+    grid = Grid("Failed", ["method", "table", "seeds", "error"])
+    for names, group in runs[runs["error"] != ""].groupby(["method", "table", "error"]):
+        method, table, error = map(str, names)
+        grid.rows.append([method, table, " ".join(map(str, sorted(set(group["seed"])))), error])
+    return [grid] if grid.rows else []
 
 
 def _strong(text: str) -> str:

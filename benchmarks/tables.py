@@ -24,7 +24,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Split:
-    """Normal rows to train on; rows to test on, whose labels only the benchmark sees."""
+    """Rows to train on, normal ones but for a contaminated split; rows to test on, whose labels no detector sees."""
 
     train: pa.Table
     test: pa.Table
@@ -63,12 +63,28 @@ def read_table(path: Path) -> Labelled:
     table = pq.read_table(path)
     label = table.column(LABEL).to_numpy(zero_copy_only=False)
     if not np.isin(label, (0, 1)).all():
-        raise ValueError(f"{path}: {LABEL}: expected 0 and 1 only, got {list(np.unique(label.astype(str))[:5])}")
+        raise ValueError(f"{path}: {LABEL}: expected 0 and 1 only, got {np.unique(label.astype(str))[:5].tolist()}")
     return Labelled(table.drop_columns([LABEL]), label.astype(bool))
 
 
-def _parts(table: Labelled, train: np.ndarray, test: np.ndarray) -> Split:
+def parts(table: Labelled, train: np.ndarray, test: np.ndarray) -> Split:
+    """A split by the positions of its rows.
+
+    Raises:
+        ValueError: There is nothing to train on, or not both kinds of rows to test on.
+    """
+    num_anomalies = int(table.anomalous[test].sum())
+    if not len(train) or num_anomalies in (0, len(test)):
+        found = f"{len(train)} to train on, {len(test) - num_anomalies} and {num_anomalies} to test on"
+        raise ValueError(f"expected normal rows to train on, normal rows and anomalies to test on, got {found}")
     return Split(table.rows.take(pa.array(train)), table.rows.take(pa.array(test)), table.anomalous[test])
+
+
+def _half_of_the_normal_rows(table: Labelled, rows: np.ndarray) -> Split:
+    """The first half of the normal ones among these rows, in their order, against all others."""
+    normal, anomalies = rows[~table.anomalous[rows]], rows[table.anomalous[rows]]
+    half = round(len(normal) / 2)
+    return parts(table, normal[:half], np.concatenate([normal[half:], anomalies]))
 
 
 def dte_split(table: Labelled, seed: int, cap: int) -> Split:
@@ -84,9 +100,7 @@ def dte_split(table: Labelled, seed: int, cap: int) -> Split:
         rows = random.choice(rows, CLEAN_ROWS, replace=True)
     elif n > cap:
         rows = random.choice(rows, cap, replace=False)
-    normal, anomalies = rows[~table.anomalous[rows]], rows[table.anomalous[rows]]
-    half = round(len(normal) / 2)
-    return _parts(table, normal[:half], np.concatenate([normal[half:], anomalies]))
+    return _half_of_the_normal_rows(table, rows)
 
 
 def holdout_split(table: Labelled, seed: int, cap: int) -> Split:
@@ -95,9 +109,31 @@ def holdout_split(table: Labelled, seed: int, cap: int) -> Split:
     Of larger tables, `cap` rows are drawn first, without replacement.
     """
     rows = np.random.default_rng(seed).permutation(len(table.anomalous))[:cap]
+    return _half_of_the_normal_rows(table, rows)
+
+
+def contaminated_split(table: Labelled, seed: int, cap: int, share: float) -> Split:
+    """As `holdout_split`, but a share of the training rows are anomalies.
+
+    They come from a random half of the anomalies, which is never tested on: the test rows are the same for any share.
+
+    Raises:
+        ValueError: That half is too small.
+    """
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(table.anomalous))[:cap]
     normal, anomalies = rows[~table.anomalous[rows]], rows[table.anomalous[rows]]
-    half = round(len(normal) / 2)
-    return _parts(table, normal[:half], np.concatenate([normal[half:], anomalies]))
+    half, pool = round(len(normal) / 2), len(anomalies) // 2
+    wanted = round(half * share / (1 - share))
+    if wanted > pool:
+        raise ValueError(f"expected {wanted:,} anomalies to mix into {half:,} normal rows, got {pool:,}")
+    train = random.permutation(np.concatenate([normal[:half], anomalies[:wanted]]))
+    return parts(table, train, np.concatenate([normal[half:], anomalies[pool:]]))
+
+
+def count_normal(path: Path) -> int:
+    """Rows labelled 0."""
+    return int((pq.read_table(path, columns=[LABEL]).column(LABEL).to_numpy(zero_copy_only=False) == 0).sum())
 
 
 PROTOCOLS: dict[str, Callable[[Labelled, int, int], Split]] = {"dte": dte_split, "holdout": holdout_split}
