@@ -32,7 +32,7 @@ SHARES = (0.0, 0.01, 0.05, 0.1)
 CONFIDENCE = 0.99
 FAR = 0.1  # of 1 / (n + 1): p-values that the fitted tail alone decides
 NUMBERS = (
-    *("calibration_rows", "test_rows", "ks_p", *RATES, "beyond", "far_beyond"),
+    *("calibration_rows", "test_rows", "ks", "ks_p", *RATES, "beyond", "far_beyond"),
     *("auroc", "aupr", "spearman"),
 )
 
@@ -47,10 +47,12 @@ def calibrated(table: Labelled, run: Row) -> Row:
     scored = bundle.score(split.test)
     scores, p = (scored.column(name).to_numpy()[~split.anomalous] for name in ("anomaly_score", "anomaly_p_value"))
     known = bundle.calibration.scores
+    test = ks_2samp(scores, known)
     return {
         "calibration_rows": len(known),
         "test_rows": len(scores),
-        "ks_p": float(ks_2samp(scores, known).pvalue),
+        "ks": float(test.statistic),
+        "ks_p": float(test.pvalue),
         **{name: int((p <= rate).sum()) for name, rate in RATES.items()},
         "beyond": int((scores > known.max()).sum()),
         "far_beyond": int((p <= FAR / (len(known) + 1)).sum()),
@@ -130,16 +132,17 @@ def _verdict(run: Row, rate: float, found: str) -> str:
 
 def report_calibration(runs: pd.DataFrame) -> list[Grid]:
     """By table: shares in % and in how many runs they lay below, inside and above their intervals."""
-    headings = ["", "calibrated on", "tested on", "KS p, median", "KS p < 1 %"]
+    headings = ["", "calibrated on", "tested on", "KS distance", "KS p, median", "KS p < 1 %"]
     headings += [f"p <= {name}, in %" for name in RATES] + ["beyond, expected"]
-    below = f"below/inside/above their {CONFIDENCE:.0%} intervals".replace("%", " %")
-    grid = Grid(f"Normal rows that no model has seen; shares in %, (runs {below})", headings)
+    title = f"Normal rows that no model has seen; (runs below/inside/above their {100 * CONFIDENCE:g} % intervals)"
+    grid = Grid(title, headings)
     for method, each in runs.groupby("method"):
-        for name, group in [*each.groupby("table"), ("all", each)]:
+        for table, group in [*each.groupby("table"), ("all", each)]:
             rows = group.to_dict("records")
             tested = group["test_rows"].sum()
-            cells = [f"{group['calibration_rows'].mean():,.0f}", f"{group['test_rows'].mean():,.0f}"]
-            cells += [f"{group['ks_p'].median():.3f}", f"{(group['ks_p'] < 0.01).sum()} of {len(group)}"]
+            cells = [f"{group[name].mean():,.0f}" for name in ("calibration_rows", "test_rows")]
+            cells += [f"{group['ks'].mean():.3f}", f"{group['ks_p'].median():.3f}"]
+            cells.append(f"{(group['ks_p'] < 0.01).sum()} of {len(group)}")
             if set(group["calibrated_by"]) == {"cross-conformal"}:
                 cells[0] += ", cross-conformal"
             for found, rate in RATES.items():
@@ -148,7 +151,7 @@ def report_calibration(runs: pd.DataFrame) -> list[Grid]:
             expected = (group["test_rows"] / (group["calibration_rows"] + 1)).sum()
             outcomes = (_verdict(r, 1 / (r["calibration_rows"] + 1), "beyond") for r in rows)
             cells.append(f"{group['beyond'].sum():.0f}, {expected:.1f}{_tally(outcomes)}")
-            grid.rows.append([f"{method}, {name}", *cells])
+            grid.rows.append([f"{method}, {table}", *cells])
     tail = Grid("Rows beyond all calibration rows", ["", "beyond", "expected", f"p <= {FAR:g} / (n + 1)", "expected"])
     for method, each in runs.groupby("method"):
         expected = (each["test_rows"] / (each["calibration_rows"] + 1)).sum()

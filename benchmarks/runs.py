@@ -194,7 +194,7 @@ def told(error: Exception) -> str:
 def hand_over(results: Iterator[Row]) -> None:
     """In a process: gives every run to the one that started it, as soon as it is done."""
     for row in results:
-        print(_MARK + json.dumps(row), flush=True)
+        print(f"\n{_MARK}{json.dumps(row)}", flush=True)  # on a line of its own, whatever a library has printed
 
 
 # ---- printing ------------------------------------------------------------------------------------
