@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -49,6 +49,7 @@ from pipeline.rows import (
     Fault,
     Form,
     Reading,
+    Reason,
     Writer,
     form_of,
     payload,
@@ -60,6 +61,7 @@ from pipeline.rows import (
 from pipeline.scored import is_keyed
 from pipeline.transforms import refresh_secs, refuse_threshold
 from vae_model.bundle import Bundle, score_fields
+from vae_model.reasons import REASON_TYPE
 
 _NUM_SHARDS = 8  # batches that can fill at the same time, with max_batch_duration_secs
 
@@ -251,20 +253,8 @@ class ScoreRecords(beam.PTransform):
 
 
 def _score_types(reasons: int, prefix: str) -> dict[str, Any]:
-    types: dict[str, Any] = {}
-    for field in score_fields(reasons, prefix):
-        types[field.name] = (
-            Sequence[RowTypeConstraint.from_fields([(item.name, _python_type(item)) for item in field.type.value_type])]  # type: ignore[misc]
-            if pa.types.is_list(field.type)
-            else _python_type(field, optional=False)
-        )
-    return types
-
-
-def _python_type(field: pa.Field, optional: bool = True) -> Any:
-    kind: Any = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str}[field.type]
-    # Beam's sinks do not know `str | None`.
-    return Optional[kind] if optional and kind is str else kind  # noqa: UP045
+    types = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str, REASON_TYPE: Sequence[Reason]}
+    return {field.name: types[field.type] for field in score_fields(reasons, prefix)}
 
 
 # ---- a batch of elements ---------------------------------------------------------------------------

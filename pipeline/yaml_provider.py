@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 from apache_beam.typehints.row_type import RowTypeConstraint
 
@@ -16,20 +15,6 @@ from pipeline.score_records import ScoreRecords
 from vae_model.tables import RecordError
 
 Text = Optional[str]
-
-
-class Reason(NamedTuple):
-    """A column that makes a row strange, in `anomaly_reasons`: Beam's Parquet sink takes no `beam.Row` there."""
-
-    feature: Text
-    nats: np.float32
-    excess_nats: np.float32
-    p_value: np.float32
-    direction: Text
-    value: Text
-    expected: Text
-    low: Text
-    high: Text
 
 
 class DeadLetter(NamedTuple):
@@ -87,7 +72,6 @@ class ScoreAnomalies(beam.PTransform):
         if isinstance(columns, str):
             raise ValueError(f"columns: expected a list of names, got {columns!r}")
         self._error_output = _error_output(error_handling)
-        self._reasons, self._column = reasons, f"{prefix}anomaly_reasons"
         self._score = ScoreRecords(
             bundle,
             reasons=reasons,
@@ -104,11 +88,6 @@ class ScoreAnomalies(beam.PTransform):
         scored, letters = rows | "Score" >> self._score
         if not isinstance(scored.element_type, RowTypeConstraint):
             raise ValueError(f"expected rows of known columns, got {rows.element_type}; map them to fields first")
-        fields = dict(scored.element_type._fields)
-        if self._reasons:
-            fields[self._column] = Sequence[Reason]
-        finish = beam.Map(_with_reasons, self._column if self._reasons else None)
-        scored = scored | "Rows" >> finish.with_output_types(RowTypeConstraint.from_fields([*fields.items()]))
         if self._error_output is None:
             _ = letters | "Fail" >> beam.Map(_fail)
             return scored
@@ -127,13 +106,6 @@ def _error_output(error_handling: Mapping[str, str] | None) -> str | None:
     if not isinstance(name, str) or name in ("", "good"):
         raise ValueError(f"error_handling: expected a name other than 'good', which is the scored rows', got {name!r}")
     return name
-
-
-def _with_reasons(row: beam.Row, column: str | None) -> beam.Row:
-    if column is None:
-        return row
-    cells = vars(row)
-    return beam.Row(**{**cells, column: [Reason(**vars(reason)) for reason in cells[column]]})
 
 
 def _fail(letters: pa.Table) -> None:
