@@ -241,9 +241,10 @@ class ScoreRecords(beam.PTransform):
                     f"{self.launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
                 )
         added = _score_types(self.reasons, self.prefix)
-        for name in self.columns or ():
-            if name not in fields:
-                raise ValueError(f"{name}: named in columns, but the rows have only {', '.join(fields)}")
+        for argument, names in {"columns": self.columns or (), "key": (self.key,) if self.key else ()}.items():
+            for name in names:
+                if name not in fields:
+                    raise ValueError(f"{name}: named in {argument}, but the rows have only {', '.join(fields)}")
         if self.columns is not None:
             fields = {name: fields[name] for name in self.columns}
         for name in added:

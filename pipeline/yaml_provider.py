@@ -36,10 +36,10 @@ class DeadLetter(NamedTuple):
 class ScoreAnomalies(beam.PTransform):
     """Scores rows: each comes out with its anomaly score in nats, higher = more anomalous, p-value and label.
 
-    Building one reads the bundle, and loads no TensorFlow.
+    Building one reads the bundle (or the default model), and loads no TensorFlow.
 
     Args:
-        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
+        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote. Or else, `models_by_key`.
         reasons: Strangest columns to explain per row.
         threshold: Score, in nats, that replaces the bundle's.
         prefix: Of the score columns' names.
@@ -47,6 +47,10 @@ class ScoreAnomalies(beam.PTransform):
         max_batch_size: Rows scored at once.
         max_batch_duration_secs: How long a row of a stream may wait for others; by default not at all.
         model_refresh_secs: How often a pointer is read again; by default every 60 seconds in streams, else never.
+        models_by_key: The URI of each key's bundle or pointer, or one URI with `{key}` in it.
+        default_model: Of keys that have none; without it, their rows cannot be scored.
+        key: Column that holds the key.
+        max_model_bytes: Of weights and calibrations by key to keep in memory per process.
         error_handling: `output` names the output of the rows that cannot be scored, as dead letters. Without it, the
             first of them fails the pipeline.
 
@@ -57,7 +61,7 @@ class ScoreAnomalies(beam.PTransform):
 
     def __init__(
         self,
-        bundle: str,
+        bundle: Optional[str] = None,
         *,
         reasons: int = 0,
         threshold: Optional[float] = None,
@@ -66,11 +70,19 @@ class ScoreAnomalies(beam.PTransform):
         max_batch_size: int = 4096,
         max_batch_duration_secs: Optional[float] = None,
         model_refresh_secs: Optional[float] = None,
+        models_by_key: Any = None,
+        default_model: Optional[str] = None,
+        key: Optional[str] = None,
+        max_model_bytes: int = 1 << 30,
         error_handling: Optional[Mapping[str, str]] = None,
     ) -> None:
         super().__init__()
         if isinstance(columns, str):
             raise ValueError(f"columns: expected a list of names, got {columns!r}")
+        if models_by_key is not None and key is None:
+            raise ValueError("key: expected with models_by_key the column that holds it, got none")
+        if not isinstance(models_by_key, str | Mapping | None):
+            raise ValueError(f"models_by_key: expected URIs by key, or one with {{key}} in it, got {models_by_key!r}")
         self._error_output = _error_output(error_handling)
         self._score = ScoreRecords(
             bundle,
@@ -81,8 +93,13 @@ class ScoreAnomalies(beam.PTransform):
             max_batch_size=max_batch_size,
             max_batch_duration_secs=max_batch_duration_secs,
             model_refresh_secs=model_refresh_secs,
+            models_by_key=models_by_key,
+            default_model=default_model,
+            key=key,
+            max_model_bytes=max_model_bytes,
         )
-        self._score.launched  # noqa: B018  a bundle that is not there is refused where it stands
+        if bundle or default_model:
+            self._score.launched  # noqa: B018  one that is not there is refused where it stands
 
     def expand(self, rows: beam.PCollection[Any]) -> Any:
         scored, letters = rows | "Score" >> self._score
