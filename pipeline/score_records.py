@@ -182,12 +182,16 @@ class ScoreRecords(beam.PTransform):
     def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
         refresh = refresh_secs(self.model_refresh_secs, records)
         launched = self.launched if self._launched_name else None  # a default model that cannot be used is told now
-        if launched:
-            refuse_threshold(self.threshold, launched, refresh)
+        source: ModelSource | KeyedModels
+        if launched and self.models_by_key is None:
+            source = launched.source(refresh)
+            refuse_threshold(self.threshold, source)
+        else:
+            source = self._keyed_models(refresh)
         avro = AvroReader(self.avro_schema) if self.input_format == "avro" else None
         avro_writer = self._avro_writer(avro) if avro is not None and self.output == "avro" else None
         scorer = _RecordScorer(
-            launched.source(refresh) if launched and self.models_by_key is None else self._keyed_models(refresh),
+            source,
             self.key,
             {"reasons": self.reasons, "threshold": self.threshold, "prefix": self.prefix},
             Writer(self.output, None if self.columns is None else tuple(self.columns), self.prefix, avro_writer),
