@@ -93,6 +93,15 @@ def written_files(path: str, name: str = "scored") -> dict[str, float]:
     return {item.path: item.last_updated_in_seconds for item in found if _SHARD.search(item.path)}
 
 
+def dead_letter_place(options: Any) -> str:
+    """Where dead letters go: by default a folder beside the scored files, which readers skip for its underscore."""
+    if options.dead_letters:
+        return str(options.dead_letters)
+    stem, suffix = split_suffix(options.output)
+    folder = stem[: stem.rfind("/") + 1] if suffix else f"{options.output.rstrip('/')}/"
+    return f"{folder or './'}_dead_letters"
+
+
 def remove_leftovers(path: str, name: str = "scored") -> None:
     """Deletes the temporary files at a place, which killed or failed writes left."""
     start = _temporary(_prefix(path, name))
