@@ -179,7 +179,7 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
 
 
 def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
-    from pipeline import streaming
+    from pipeline import streaming, window_files
 
     options = beam_options.view_as(ScoringOptions)
     if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
@@ -202,6 +202,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
         if stream_place(place) is None:
             refuse_unwritable(flag, place)
+            window_files.remove_leftovers(place)
     if not is_local:
         result = pipeline.run()
         if runner != "DataflowRunner" and not is_template:
