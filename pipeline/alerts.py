@@ -20,7 +20,7 @@ from apache_beam.transforms.userstate import ReadModifyWriteStateSpec, TimerSpec
 from apache_beam.transforms.window import FixedWindows, GlobalWindow, GlobalWindows, TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
-from pipeline.letters import NAMESPACE
+from pipeline.letters import NAMESPACE, num_records
 from pipeline.scored import (
     Batch,
     Fold,
@@ -52,29 +52,12 @@ ALERT_SCHEMA = table_schema(
     reasons=_REASONS,
     record="STRING",
 )
+_TEST = {"key": "STRING", "num_tests": "INTEGER", "num_discoveries": "INTEGER", "p_value": "FLOAT"}
+_RECORD = {"score": "FLOAT", "model_version": "STRING", "event_time": "TIMESTAMP", "record": "STRING"}
 DISCOVERY_SCHEMA = table_schema(
-    window_start="TIMESTAMP",
-    window_end="TIMESTAMP",
-    key="STRING",
-    num_tests="INTEGER",
-    num_discoveries="INTEGER",
-    p_value="FLOAT",
-    adjusted_p_value="FLOAT",
-    score="FLOAT",
-    model_version="STRING",
-    event_time="TIMESTAMP",
-    record="STRING",
+    window_start="TIMESTAMP", window_end="TIMESTAMP", **_TEST, adjusted_p_value="FLOAT", **_RECORD
 )
-ONLINE_DISCOVERY_SCHEMA = table_schema(
-    key="STRING",
-    num_tests="INTEGER",
-    num_discoveries="INTEGER",
-    p_value="FLOAT",
-    score="FLOAT",
-    model_version="STRING",
-    event_time="TIMESTAMP",
-    record="STRING",
-)
+ONLINE_DISCOVERY_SCHEMA = table_schema(**_TEST, **_RECORD)
 DEAD_LETTER_ALERT_SCHEMA = table_schema(
     window_start="TIMESTAMP",
     window_end="TIMESTAMP",
@@ -537,13 +520,9 @@ class _RowCounter:
         values = [element[1] if is_keyed(element) else element for element in elements]
         if self.place:
             refused = (letters.filter(pc.equal(letters["stage"], "write")) for letters in values)
-            yield None, (-sum(map(_num_records, refused)), sum(map(_num_records, values)))
+            yield None, (-sum(map(num_records, refused)), sum(map(num_records, values)))
         else:
             yield None, (sum(value.num_rows if isinstance(value, pa.Table) else 1 for value in values), 0)
-
-
-def _num_records(letters: pa.Table) -> int:
-    return int(pc.sum(pc.fill_null(letters["num_records"], 1)).as_py() or 0)
 
 
 class _CountFold(Fold):

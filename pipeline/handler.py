@@ -19,6 +19,7 @@ from pipeline.avro import AvroReader
 from pipeline.letters import NAMESPACE, Letters
 from pipeline.models import REFRESH_SECS, FollowedModel, Model, ModelSource, launch
 from pipeline.rows import Fault, Form, form_of, read_elements, readings, shown
+from pipeline.transforms import refuse_threshold
 from vae_model import files
 from vae_model.bundle import MANIFEST, Bundle, read_manifest, score_fields
 from vae_model.pointer import Entry, Pointer, is_pointer, read_pointer
@@ -44,7 +45,7 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
     Args:
         bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
         reasons: Strangest columns to explain per record; `inference_args` may say otherwise.
-        threshold: Score, in nats, that replaces the bundle's; so may they.
+        threshold: Score, in nats, that replaces the bundle's; so may they. None where a pointer is followed.
         errors: "return" them in the inference, or "raise" `RecordError`, which fails the batch and is what
             RunInference's `with_exception_handling` sets aside.
         avro_schema: Of Avro records: a dict, or JSON text. Without it, bytes, text and messages are JSON.
@@ -75,7 +76,6 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
             raise TypeError(f"{min(unknown)}: no such argument of VAEModelHandler, nor of Beam's ModelHandler")
         super().__init__(**beam_arguments)
         self._options = {"reasons": reasons, "threshold": threshold}
-        self.validate_inference_args(self._options)
         if errors not in ("return", "raise"):
             raise ValueError(f'errors: expected "return" or "raise", got {errors!r}')
         self._errors = errors
@@ -89,6 +89,7 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
             raise ValueError(f"model_version: expected with a bundle's URI, not with a pointer's, {bundle}")
         else:
             self._source = ModelSource(files.absolute(bundle), model_version)
+        self.validate_inference_args(self._options)
         self._wanted: str | None = None
         self._served: ServedModel | None = None
         self._letters = Letters()
@@ -155,6 +156,7 @@ class VAEModelHandler(ModelHandler[Any, PredictionResult, "ServedModel"]):
             raise ValueError(f"inference_args: expected any of {', '.join(_PER_RUN)}, got {min(unknown)}")
         if args.get("reasons", 0) < 0:
             raise ValueError(f"reasons: expected a number >= 0, got {args['reasons']}")
+        refuse_threshold(args.get("threshold"), self._source)
 
     def update_model_path(self, model_path: str | None = None) -> None:
         """Has the next `load_model` load another bundle: its URI, its manifest's, or that of a pointer to it."""

@@ -6,6 +6,7 @@ import logging
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -14,6 +15,11 @@ NAMESPACE = "BeamVAE"
 KIND_PREFIX = "dead_letters_"  # of the counters by kind of error
 
 _told: set[tuple[str, str]] = set()  # by this process: a step's own copy may live no longer than one Beam bundle
+
+
+def num_records(letters: pa.Table) -> int:
+    """The records that letters stand for; one of an unknown number counts as one."""
+    return int(pc.sum(letters["num_records"].fill_null(1)).as_py() or 0)
 
 
 class Letters:

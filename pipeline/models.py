@@ -270,12 +270,16 @@ class FollowedModel(Model):
         return bundle
 
     def _refuse(self, entry: Entry, error: Exception, instead: str) -> None:
+        longest = max(_MAX_WAIT_SECS, self.refresh_secs)
         if entry != self._refused:
             self._refused, self._wait = entry, self.refresh_secs
             self._events.append(_Event("swap_failure"))
-            logger.warning("version %s refused, %s: %s (told once)", entry.model_version, instead, error)
+            again = f"told again every {longest:g} s"
+            logger.warning("version %s refused, %s: %s (%s)", entry.model_version, instead, error, again)
         else:
-            self._wait = min(2 * self._wait, max(_MAX_WAIT_SECS, self.refresh_secs))
+            self._wait = min(2 * self._wait, longest)
+            if self._wait == longest:
+                logger.warning("version %s still refused, %s: %s", entry.model_version, instead, error)
         self._retry_at = time.monotonic() + self._wait
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
@@ -29,6 +29,7 @@ from apache_beam.utils.timestamp import Timestamp
 
 from pipeline.avro import AvroReader, AvroWriter
 from pipeline.records import MAX_LINE_BYTES, json_rows, parse_object
+from vae_model.reasons import REASON_TYPE
 from vae_model.schema import ConstantFeature, Feature, NumericFeature, TableSchema, TimestampFeature
 from vae_model.tables import cast_cells, is_text
 
@@ -43,6 +44,12 @@ class Fault(NamedTuple):
     column: str | None
     error_type: str
     error: str
+
+
+# A column that makes a row strange: no `beam.Row`, which Beam's Parquet sink does not take within a list, and no type
+# `str | None`, which its schemas do not know.
+_REASON_TYPES: dict[pa.DataType, Any] = {pa.float32(): np.float32, pa.string(): Optional[str]}  # noqa: UP045
+Reason: Any = NamedTuple("Reason", [(field.name, _REASON_TYPES[field.type]) for field in REASON_TYPE.value_type])  # type: ignore[misc]
 
 
 # ---- what is read ------------------------------------------------------------------------------
@@ -563,6 +570,8 @@ def _cleaned(value: Any, depth: int) -> Any:
         return value if math.isfinite(value) else None if value != value else str(value)
     if isinstance(value, int):
         return value if _digits(value) != _WRONG else hex(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, beam.Row):
         value = vars(value)
     if isinstance(value, Mapping):
@@ -591,12 +600,11 @@ def payload(element: Any, avro: bool = False) -> tuple[str, str]:
         except UnicodeDecodeError:
             pass
         return base64.b64encode(element).decode(), "base64"
+    # As a row, for `json` takes named tuples for lists, also those within.
     if isinstance(element, tuple) and hasattr(element, "_asdict"):
-        element = element._asdict()
-    elif isinstance(element, beam.Row):
-        element = vars(element)
+        element = beam.Row(**element._asdict())
     elif dataclasses.is_dataclass(element) and not isinstance(element, type):
-        element = _fields(element)
+        element = beam.Row(**_fields(element))
     return json_text(element), "json"
 
 
@@ -655,7 +663,7 @@ class Writer:
         names, columns = scores.column_names, [column.to_pylist() for column in scores.columns]
         if as_rows and len(names) > 4:  # a row holds no dicts
             place = names.index(f"{self.prefix}anomaly_reasons")
-            columns[place] = [[beam.Row(**reason) for reason in reasons] for reasons in columns[place]]
+            columns[place] = [[Reason(**reason) for reason in reasons] for reasons in columns[place]]
         records = self._kept(records)
         if len(names) == 4:  # a dict display is the fastest way
             a, b, c, d = names

@@ -16,9 +16,16 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from pipeline.letters import KIND_PREFIX, NAMESPACE
+from pipeline.letters import KIND_PREFIX, NAMESPACE, num_records
 from pipeline.options import add_arguments, check, stream_place
-from pipeline.sinks import WriteDeadLetters, WriteTables, refuse_unwritable, remove_leftovers, written_files
+from pipeline.sinks import (
+    WriteDeadLetters,
+    WriteTables,
+    dead_letter_place,
+    refuse_unwritable,
+    remove_leftovers,
+    written_files,
+)
 from pipeline.sources import ReadTables, format_of, launch_schema, match_files, split_suffix
 from pipeline.transforms import ScoreTables
 from vae_model.schema import TableSchema, column_kind
@@ -111,7 +118,7 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     letter_files = letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
     counts = (
         scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0, 0)),
-        letters | "CountDeadLetters" >> beam.Map(lambda table: (0, _num_records(table), _num_unknown(table))),
+        letters | "CountDeadLetters" >> beam.Map(lambda table: (0, num_records(table), _num_unknown(table))),
     ) | "AllCounts" >> beam.Flatten()
     written = (scored_files, letter_files) | "AllFiles" >> beam.Flatten()
     check_letters = _CheckDeadLetters(options.max_dead_letter_fraction, len(input_files))
@@ -172,7 +179,7 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
 
 
 def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
-    from pipeline import streaming
+    from pipeline import streaming, window_files
 
     options = beam_options.view_as(ScoringOptions)
     if options.id_attribute and runner in LOCAL_RUNNERS:  # Beam says so only once it reads
@@ -184,7 +191,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     is_template = bool(beam_options.get_all_options().get("template_location"))
     check(options, streaming=True)
     # What a flex template's launcher, which does not wait, writes as a template is one launch's own.
-    if is_template and wait and not all(map(stream_place, (options.output, streaming.letters_place(options)))):
+    if is_template and wait and not all(map(stream_place, (options.output, dead_letter_place(options)))):
         raise ValueError(
             "--template_location: expected no files from a stream: each launch would replace those of the one before; "
             "write to a topic or a table, or use a flex template"
@@ -192,9 +199,10 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
-    for flag, place in (("output", options.output), ("dead_letters", streaming.letters_place(options))):
+    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
         if stream_place(place) is None:
             refuse_unwritable(flag, place)
+            window_files.remove_leftovers(place)
     if not is_local:
         result = pipeline.run()
         if runner != "DataflowRunner" and not is_template:
@@ -216,7 +224,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
             reasons=_named(counted, "letter "),
             seconds=time.perf_counter() - start,
             output=str(options.output),
-            dead_letters=streaming.letters_place(options),
+            dead_letters=dead_letter_place(options),
             versions=_named(counted, "version "),
         )
 
@@ -243,15 +251,6 @@ def summarize(result: Any, seconds: float, options: Any) -> Summary:
         output=options.output,
         dead_letters=dead_letter_place(options),
     )
-
-
-def dead_letter_place(options: Any) -> str:
-    """Where dead letters go: by default a folder that readers of the output skip for its underscore."""
-    if options.dead_letters:
-        return str(options.dead_letters)
-    stem, suffix = split_suffix(options.output)
-    folder = stem.rpartition("/")[0] if suffix else options.output.rstrip("/")
-    return f"{folder or '.'}/_dead_letters"
 
 
 def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
@@ -305,10 +304,6 @@ def _refuse_old_output(options: Any, input_files: Sequence[str]) -> None:
 
 def _num_unknown(letters: pa.Table) -> int:
     return int(letters["num_records"].null_count)
-
-
-def _num_records(letters: pa.Table) -> int:
-    return int(pa.compute.sum(letters["num_records"].fill_null(1)).as_py() or 0)
 
 
 def _sums(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

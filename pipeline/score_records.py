@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -49,6 +49,7 @@ from pipeline.rows import (
     Fault,
     Form,
     Reading,
+    Reason,
     Writer,
     form_of,
     payload,
@@ -60,6 +61,7 @@ from pipeline.rows import (
 from pipeline.scored import is_keyed
 from pipeline.transforms import refresh_secs, refuse_threshold
 from vae_model.bundle import Bundle, score_fields
+from vae_model.reasons import REASON_TYPE
 
 _NUM_SHARDS = 8  # batches that can fill at the same time, with max_batch_duration_secs
 
@@ -180,12 +182,16 @@ class ScoreRecords(beam.PTransform):
     def expand(self, records: beam.PCollection[Any]) -> ScoredRecords:
         refresh = refresh_secs(self.model_refresh_secs, records)
         launched = self.launched if self._launched_name else None  # a default model that cannot be used is told now
-        if launched:
-            refuse_threshold(self.threshold, launched, refresh)
+        source: ModelSource | KeyedModels
+        if launched and self.models_by_key is None:
+            source = launched.source(refresh)
+            refuse_threshold(self.threshold, source)
+        else:
+            source = self._keyed_models(refresh)
         avro = AvroReader(self.avro_schema) if self.input_format == "avro" else None
         avro_writer = self._avro_writer(avro) if avro is not None and self.output == "avro" else None
         scorer = _RecordScorer(
-            launched.source(refresh) if launched and self.models_by_key is None else self._keyed_models(refresh),
+            source,
             self.key,
             {"reasons": self.reasons, "threshold": self.threshold, "prefix": self.prefix},
             Writer(self.output, None if self.columns is None else tuple(self.columns), self.prefix, avro_writer),
@@ -239,9 +245,10 @@ class ScoreRecords(beam.PTransform):
                     f"{self.launched.name}: the rows do not fit the model: {name}: expected such a column, got none"
                 )
         added = _score_types(self.reasons, self.prefix)
-        for name in self.columns or ():
-            if name not in fields:
-                raise ValueError(f"{name}: named in columns, but the rows have only {', '.join(fields)}")
+        for argument, names in {"columns": self.columns or (), "key": (self.key,) if self.key else ()}.items():
+            for name in names:
+                if name not in fields:
+                    raise ValueError(f"{name}: named in {argument}, but the rows have only {', '.join(fields)}")
         if self.columns is not None:
             fields = {name: fields[name] for name in self.columns}
         for name in added:
@@ -251,20 +258,8 @@ class ScoreRecords(beam.PTransform):
 
 
 def _score_types(reasons: int, prefix: str) -> dict[str, Any]:
-    types: dict[str, Any] = {}
-    for field in score_fields(reasons, prefix):
-        types[field.name] = (
-            Sequence[RowTypeConstraint.from_fields([(item.name, _python_type(item)) for item in field.type.value_type])]  # type: ignore[misc]
-            if pa.types.is_list(field.type)
-            else _python_type(field, optional=False)
-        )
-    return types
-
-
-def _python_type(field: pa.Field, optional: bool = True) -> Any:
-    kind: Any = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str}[field.type]
-    # Beam's sinks do not know `str | None`.
-    return Optional[kind] if optional and kind is str else kind  # noqa: UP045
+    types = {pa.float32(): np.float32, pa.bool_(): bool, pa.string(): str, REASON_TYPE: Sequence[Reason]}
+    return {field.name: types[field.type] for field in score_fields(reasons, prefix)}
 
 
 # ---- a batch of elements ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 import pipeline.coders  # noqa: F401  makes it known to Beam
 from pipeline.records import DEAD_LETTER_SCHEMA, json_rows, text_cells
 from pipeline.sources import format_of, split_suffix
+from vae_model.files import write_file
 from vae_model.overlap import TableWriter
 
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}(\.\w+)+$")
@@ -89,6 +91,15 @@ def written_files(path: str, name: str = "scored") -> dict[str, float]:
     pattern = f"{_prefix(path, name)}-*-of-*{split_suffix(path)[1]}"
     found = FileSystems.match([pattern])[0].metadata_list
     return {item.path: item.last_updated_in_seconds for item in found if _SHARD.search(item.path)}
+
+
+def dead_letter_place(options: Any) -> str:
+    """Where dead letters go: by default a folder beside the scored files, which readers skip for its underscore."""
+    if options.dead_letters:
+        return str(options.dead_letters)
+    stem, suffix = split_suffix(options.output)
+    folder = stem[: stem.rfind("/") + 1] if suffix else f"{options.output.rstrip('/')}/"
+    return f"{folder or './'}_dead_letters"
 
 
 def remove_leftovers(path: str, name: str = "scored") -> None:
@@ -172,13 +183,33 @@ class _TextSink(_Sink):
         super().__init__(prefix, coder=None, file_name_suffix=suffix, mime_type="text/plain")
         self._header = header
 
-    def open(self, temp_path: str) -> Any:
-        stream = super().open(temp_path)
-        stream.write(self._header)
-        return stream
+    def open(self, temp_path: str) -> _TextFile:
+        file = _TextFile(temp_path, super().open)
+        file.write(self._header)
+        return file
 
-    def write_record(self, stream: Any, text: bytes) -> None:
-        stream.write(text)
+    def write_record(self, file: _TextFile, text: bytes) -> None:
+        file.write(text)
+
+
+class _TextFile:
+    """A file that is opened when there is something to write: Beam cannot close an empty one on s3://."""
+
+    def __init__(self, path: str, create: Callable[[str], Any]) -> None:
+        self._path, self._create = path, create
+        self._stream: Any = None
+
+    def write(self, text: bytes) -> None:
+        if text:
+            self._stream = self._stream or self._create(self._path)
+            self._stream.write(text)
+
+    def close(self) -> None:
+        is_plain = CompressionTypes.detect_compression_type(self._path) == CompressionTypes.UNCOMPRESSED
+        if self._stream is None and is_plain and self._path.startswith("s3://"):
+            write_file(self._path, b"")
+        else:
+            (self._stream or self._create(self._path)).close()
 
 
 @dataclass

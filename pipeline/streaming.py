@@ -37,7 +37,8 @@ from pipeline.records import (
 )
 from pipeline.rows import json_text, payload
 from pipeline.score_records import ScoreRecords, event_time
-from pipeline.window_files import WriteWindowFiles, window_place
+from pipeline.sinks import dead_letter_place
+from pipeline.window_files import WriteWindowFiles
 from vae_model.bundle import Bundle, refuse_clash, score_fields
 from vae_model.tables import conform
 
@@ -85,13 +86,6 @@ def build_streaming(pipeline: beam.Pipeline, options: Any, job: str = "", count:
         records | "CountRecords" >> beam.ParDo(_Count(job, _one_record))
         scored.scored | "CountScored" >> beam.ParDo(_Count(job, _one_scored, options.score_prefix))
         letters | "CountDeadLetters" >> beam.ParDo(_Count(job, _letter_kinds))
-
-
-def letters_place(options: Any) -> str:
-    """Where dead letters go: by default a folder beside the scored files, that readers skip for its underscore."""
-    if options.dead_letters:
-        return str(options.dead_letters)
-    return f"{window_place(options.output)[0].rstrip('/')}/_dead_letters"
 
 
 def local_runner(options: Any) -> str:
@@ -343,7 +337,7 @@ class _WriteLetters(beam.PTransform):
 
     def __init__(self, options: Any, job: str) -> None:
         super().__init__()
-        place = letters_place(options)
+        place = dead_letter_place(options)
         self._max_bytes, self._write = _place(place, "dead_letters", DEAD_LETTER_SCHEMA, options, "dead_letters", job)
         self._is_files = stream_place(place) is None
         self._keyed = (stream_place(options.input) or ("",))[0] in PAIRS

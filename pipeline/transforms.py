@@ -85,9 +85,10 @@ class ScoreTables(beam.PTransform):
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> ScoredTables:
         refresh = refresh_secs(self.model_refresh_secs, tables)
-        refuse_threshold(self.threshold, self.launched, refresh)
+        source = self.launched.source(refresh, self.input_schema)
+        refuse_threshold(self.threshold, source)
         do_fn = VAEScoreDoFn(
-            self.launched.source(refresh, self.input_schema),
+            source,
             reasons=self.reasons,
             threshold=self.threshold,
             prefix=self.prefix,
@@ -105,11 +106,11 @@ def refresh_secs(asked: float | None, records: beam.PCollection[Any]) -> float:
     return REFRESH_SECS if streaming else 0.0
 
 
-def refuse_threshold(threshold: float | None, launched: Launched, refresh: float) -> None:
+def refuse_threshold(threshold: float | None, source: ModelSource) -> None:
     """Raises `ValueError` where a threshold in nats would stay while the model it is for is swapped."""
-    if threshold is not None and launched.pointer is not None and refresh:
+    if threshold is not None and source.pointer is not None:
         raise ValueError(
-            f"threshold: expected None with a pointer that is followed ({launched.name}), for scores compare within "
+            f"threshold: expected None with a pointer that is followed ({source.pointer}), for scores compare within "
             "one model; name the bundle itself, or set model_refresh_secs=0"
         )
 

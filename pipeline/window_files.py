@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -29,6 +30,8 @@ FORMATS = ("parquet", "jsonl")
 _MAX_TABLES = 1000  # in a file: a runner may hold them all
 _MAX_ROWS = 16_384  # in a row group
 _MAX_LATE_WAIT_SECS = 60.0
+_TEMPORARY = ".beam-temp-"
+_LEFTOVER_SECS = 86_400.0  # a temporary file is there for as long as one file takes to write
 
 
 @dataclass
@@ -109,6 +112,17 @@ def window_place(path: str) -> tuple[str, str]:
     return folder or ("/" if stem.startswith("/") else "."), suffix[1:]
 
 
+def remove_leftovers(path: str) -> None:
+    """Deletes temporary files that killed workers left at a place: those of more than a day ago.
+
+    A younger one may be another job's, which writes there now. A store that does not tell times (0) keeps all.
+    """
+    place = FileSystems.join(window_place(path)[0], f"{_TEMPORARY}*")
+    found = FileSystems.match([place])[0].metadata_list
+    before = time.time() - _LEFTOVER_SECS
+    FileSystems.delete([item.path for item in found if 0 < item.last_updated_in_seconds < before])
+
+
 class _Shard(beam.DoFn):
     """Keys tables in turn."""
 
@@ -141,7 +155,7 @@ class _WriteFile(beam.DoFn):
         name = f"{'-'.join(filter(None, parts))}.{self._file_format}"
         path = FileSystems.join(self._folder, name)
         # Not the name alone: a worker that was given up may still be writing.
-        temporary = FileSystems.join(self._folder, f".beam-temp-{name}-{uuid.uuid4().hex}")
+        temporary = FileSystems.join(self._folder, f"{_TEMPORARY}{name}-{uuid.uuid4().hex}")
         if not FileSystems.exists(self._folder):
             with suppress(OSError):  # another worker may have been faster
                 FileSystems.mkdirs(self._folder)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 from apache_beam.typehints.row_type import RowTypeConstraint
 
@@ -16,20 +15,6 @@ from pipeline.score_records import ScoreRecords
 from vae_model.tables import RecordError
 
 Text = Optional[str]
-
-
-class Reason(NamedTuple):
-    """A column that makes a row strange, in `anomaly_reasons`: Beam's Parquet sink takes no `beam.Row` there."""
-
-    feature: Text
-    nats: np.float32
-    excess_nats: np.float32
-    p_value: np.float32
-    direction: Text
-    value: Text
-    expected: Text
-    low: Text
-    high: Text
 
 
 class DeadLetter(NamedTuple):
@@ -51,10 +36,10 @@ class DeadLetter(NamedTuple):
 class ScoreAnomalies(beam.PTransform):
     """Scores rows: each comes out with its anomaly score in nats, higher = more anomalous, p-value and label.
 
-    Building one reads the bundle, and loads no TensorFlow.
+    Building one reads the bundle (or the default model), and loads no TensorFlow.
 
     Args:
-        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote.
+        bundle: Directory or URI that `fit` wrote, or a pointer that `beam-vae promote` wrote. Or else, `models_by_key`.
         reasons: Strangest columns to explain per row.
         threshold: Score, in nats, that replaces the bundle's.
         prefix: Of the score columns' names.
@@ -62,6 +47,10 @@ class ScoreAnomalies(beam.PTransform):
         max_batch_size: Rows scored at once.
         max_batch_duration_secs: How long a row of a stream may wait for others; by default not at all.
         model_refresh_secs: How often a pointer is read again; by default every 60 seconds in streams, else never.
+        models_by_key: The URI of each key's bundle or pointer, or one URI with `{key}` in it.
+        default_model: Of keys that have none; without it, their rows cannot be scored.
+        key: Column that holds the key.
+        max_model_bytes: Of weights and calibrations by key to keep in memory per process.
         error_handling: `output` names the output of the rows that cannot be scored, as dead letters. Without it, the
             first of them fails the pipeline.
 
@@ -72,7 +61,7 @@ class ScoreAnomalies(beam.PTransform):
 
     def __init__(
         self,
-        bundle: str,
+        bundle: Optional[str] = None,
         *,
         reasons: int = 0,
         threshold: Optional[float] = None,
@@ -81,13 +70,20 @@ class ScoreAnomalies(beam.PTransform):
         max_batch_size: int = 4096,
         max_batch_duration_secs: Optional[float] = None,
         model_refresh_secs: Optional[float] = None,
+        models_by_key: Any = None,
+        default_model: Optional[str] = None,
+        key: Optional[str] = None,
+        max_model_bytes: int = 1 << 30,
         error_handling: Optional[Mapping[str, str]] = None,
     ) -> None:
         super().__init__()
         if isinstance(columns, str):
             raise ValueError(f"columns: expected a list of names, got {columns!r}")
+        if models_by_key is not None and key is None:
+            raise ValueError("key: expected with models_by_key the column that holds it, got none")
+        if not isinstance(models_by_key, str | Mapping | None):
+            raise ValueError(f"models_by_key: expected URIs by key, or one with {{key}} in it, got {models_by_key!r}")
         self._error_output = _error_output(error_handling)
-        self._reasons, self._column = reasons, f"{prefix}anomaly_reasons"
         self._score = ScoreRecords(
             bundle,
             reasons=reasons,
@@ -97,18 +93,18 @@ class ScoreAnomalies(beam.PTransform):
             max_batch_size=max_batch_size,
             max_batch_duration_secs=max_batch_duration_secs,
             model_refresh_secs=model_refresh_secs,
+            models_by_key=models_by_key,
+            default_model=default_model,
+            key=key,
+            max_model_bytes=max_model_bytes,
         )
-        self._score.launched  # noqa: B018  a bundle that is not there is refused where it stands
+        if bundle or default_model:
+            self._score.launched  # noqa: B018  one that is not there is refused where it stands
 
     def expand(self, rows: beam.PCollection[Any]) -> Any:
         scored, letters = rows | "Score" >> self._score
         if not isinstance(scored.element_type, RowTypeConstraint):
             raise ValueError(f"expected rows of known columns, got {rows.element_type}; map them to fields first")
-        fields = dict(scored.element_type._fields)
-        if self._reasons:
-            fields[self._column] = Sequence[Reason]
-        finish = beam.Map(_with_reasons, self._column if self._reasons else None)
-        scored = scored | "Rows" >> finish.with_output_types(RowTypeConstraint.from_fields([*fields.items()]))
         if self._error_output is None:
             _ = letters | "Fail" >> beam.Map(_fail)
             return scored
@@ -127,13 +123,6 @@ def _error_output(error_handling: Mapping[str, str] | None) -> str | None:
     if not isinstance(name, str) or name in ("", "good"):
         raise ValueError(f"error_handling: expected a name other than 'good', which is the scored rows', got {name!r}")
     return name
-
-
-def _with_reasons(row: beam.Row, column: str | None) -> beam.Row:
-    if column is None:
-        return row
-    cells = vars(row)
-    return beam.Row(**{**cells, column: [Reason(**vars(reason)) for reason in cells[column]]})
 
 
 def _fail(letters: pa.Table) -> None:

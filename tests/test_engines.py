@@ -11,7 +11,7 @@ import pytest
 from waiting import until
 
 from pipeline.run import run
-from pipeline.statistics import run as take_statistics
+from pipeline.statistics_job import run as take_statistics
 from vae_model import TrainingConfig
 from vae_model.scan import columns_and_roles, read_scan, scan_table
 from vae_model.tables import ParquetTables

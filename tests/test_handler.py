@@ -32,6 +32,7 @@ from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from apache_beam.utils import multi_process_shared
 
 import pipeline.handler
+from pipeline.detector import VAEDetector
 from pipeline.handler import VAEModelHandler
 from pipeline.letters import NAMESPACE
 from vae_model.bundle import BundleError, load_bundle
@@ -508,6 +509,20 @@ def test_a_pointer_is_read_once_unless_it_is_to_be_followed(first, second, first
     promote(first_uri, pointer)
     model._model.poll()
     assert versions(following.run_inference(records, model)) == [first.model_version] * 40
+
+
+@pytest.mark.parametrize("kind", [VAEModelHandler, VAEDetector])
+def test_a_threshold_in_nats_is_refused_where_a_pointer_is_followed(kind, first_uri, records, tmp_path):
+    pointer = str(tmp_path / "current.json")
+    promote(first_uri, pointer)
+    message = "threshold: expected None with a pointer that is followed"
+    with pytest.raises(ValueError, match=message):
+        kind(pointer, threshold=1.0, model_refresh_secs=60)
+    kind(pointer, threshold=1.0)  # its bundle is fixed
+    kind(first_uri, threshold=1.0, model_refresh_secs=60)
+    following = VAEModelHandler(pointer, model_refresh_secs=60)
+    with pytest.raises(ValueError, match=message):
+        _ = beam.Pipeline() | beam.Create(records[:1]) | RunInference(following, inference_args={"threshold": 1.0})
 
 
 # ---- updates -----------------------------------------------------------------------------------------

@@ -24,6 +24,15 @@ def test_help_loads_neither_tensorflow_nor_beam_nor_arrow(command):
     assert not loaded_after(code) & {"tensorflow", "keras", "apache_beam", "pyarrow", "pandas", "numpy"}
 
 
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.statistics"])
+def test_help_of_a_module_loads_neither_tensorflow_nor_beam_nor_arrow(module):
+    code = (
+        f"import runpy, sys\nsys.argv = ['{module}', '--help']\n"
+        f"try:\n    runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit:\n    pass"
+    )
+    assert not loaded_after(code) & {"tensorflow", "keras", "apache_beam", "pyarrow", "pandas", "numpy"}
+
+
 def test_building_a_pipeline_loads_no_tensorflow(bundle_uri, tmp_path, mixed_table):
     import pyarrow.parquet as pq
 

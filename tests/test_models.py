@@ -292,7 +292,7 @@ BAD = {
 
 @pytest.mark.parametrize(("break_it", "problem"), BAD.items(), ids=lambda item: getattr(item, "__name__", ""))
 def test_a_bad_bundle_is_refused_and_counted_once(break_it, problem, folder, first, second, renamed, caplog):
-    model = follow(folder)
+    model = follow(folder, refresh_secs=600)
     held = model.current()
     name, version = break_it(folder, first, renamed)
     point(folder, name, version or second.model_version)
@@ -309,17 +309,24 @@ def test_a_bad_bundle_is_refused_and_counted_once(break_it, problem, folder, fir
         assert counters.get("model_swap_failures") == 1
 
 
-def test_a_bad_bundle_is_tried_again_less_and_less_often(folder, first, second):
+def test_a_bad_bundle_is_tried_and_told_again_less_and_less_often(folder, first, second, caplog):
     model = follow(folder, refresh_secs=100)
     manifest = (folder / "v2/manifest.json").read_bytes()
     (folder / "v2/manifest.json").unlink()
     point(folder, "v2", second.model_version)
-    waits = []
+    waits, told = [], []
     for _ in range(8):
+        caplog.clear()
         model._retry_at = 0.0
         model.poll()
         waits.append(model._wait)
+        told.append("".join(caplog.messages))
     assert waits == [100, 200, 400, 800, 1600, 3200, 3600, 3600]
+    assert "refused, still scoring" in told[0]
+    assert "no bundle there (manifest.json is missing) (told again every 3600 s)" in told[0]
+    assert told[1:6] == [""] * 5
+    assert f"version {second.model_version} still refused, still scoring with version {first.model_version}" in told[6]
+    assert told[7] == told[6]
     (folder / "v2/manifest.json").write_bytes(manifest)
     model.poll()
     assert model.current().model_version == first.model_version  # not yet

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import vae_model
-from pipeline.statistics import _CombineStatistics, main, run
+from pipeline.statistics import main
+from pipeline.statistics_job import _CombineStatistics, run
 from vae_model import TrainingConfig
 from vae_model.scan import Split, columns_and_roles, limited, read_scan, scan_table
 from vae_model.schema import infer_schema

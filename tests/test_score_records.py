@@ -11,6 +11,7 @@ import uuid
 from collections import Counter, UserDict
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import apache_beam as beam
@@ -237,7 +238,7 @@ def test_rows_that_beam_reads_from_parquet_are_scored(table, expected, bundle_ur
         assert abs(value.anomaly_score - expected[value.id][0]) <= expected[value.id][1]
 
 
-def test_rows_reach_a_step_that_takes_batches(table, bundle_uri, tmp_path):
+def test_rows_reach_a_step_that_takes_batches(table, bundle, bundle_uri, tmp_path):
     """Beam's own sink for Parquet is one; of what a step sends as its Beam bundle ends, it would get nothing."""
     plain = table.slice(0, 100).select(["length", "weight", "count", "color", "is_large", "site", "unit", "id"])
     for name in ("size", "price", "seen_at"):
@@ -245,11 +246,18 @@ def test_rows_reach_a_step_that_takes_batches(table, bundle_uri, tmp_path):
     pq.write_table(plain, tmp_path / "rows.parquet")
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         rows = pipeline | beam.io.ReadFromParquet(str(tmp_path / "rows.parquet"), as_rows=True)
-        scored, _ = rows | ScoreRecords(bundle_uri)
+        scored, _ = rows | ScoreRecords(bundle_uri, reasons=2)
         scored | beam.io.WriteToParquet(str(tmp_path / "out"))
     written = pa.concat_tables(map(pq.read_table, tmp_path.glob("out*")))
     assert sorted(written["id"].to_pylist()) == sorted(plain["id"].to_pylist())
-    assert written.column_names[-4:] == SCORES
+    alone = bundle.score(plain, reasons=2)
+    assert written.column_names[-5:] == alone.column_names[-5:]
+    found = written.sort_by("id")["anomaly_reasons"].to_pylist()
+    for got, want in zip(found, alone.sort_by("id")["anomaly_reasons"].to_pylist(), strict=True):
+        assert [[reason["feature"], reason["value"], reason["low"]] for reason in got] == [
+            [reason["feature"], reason["value"], reason["low"]] for reason in want
+        ]
+        assert [reason["nats"] for reason in got] == pytest.approx([reason["nats"] for reason in want], rel=1e-3)
 
 
 def test_rows_of_a_known_type_become_rows_of_a_known_type(records, bundle_uri):
@@ -765,6 +773,18 @@ def test_json_may_be_spread_over_lines(records, bundle):
     spread = read_json(texts, wanted)
     assert not spread.faults
     assert all(a.equals(b) for a, b in zip(plain.arrays, spread.arrays, strict=True))
+
+
+class Part(NamedTuple):
+    x: float
+    inner: Any = None
+
+
+@pytest.mark.parametrize("kind", [beam.Row, Part, dataclasses.make_dataclass("Whole", ["x", "inner"])])
+def test_named_tuples_are_objects_in_the_json_of_a_row(kind):
+    text, _ = payload(kind(x=1.0, inner=[Part(2.0), Part(3.0, Part(math.nan))]))
+    parts = [{"x": 2.0, "inner": None}, {"x": 3.0, "inner": {"x": None, "inner": None}}]
+    assert json.loads(text) == {"x": 1.0, "inner": parts}
 
 
 def test_any_object_can_be_the_payload_of_a_letter():

@@ -1,5 +1,6 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import apache_beam as beam
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.records import DEAD_LETTER_SCHEMA, file_letter
-from pipeline.sinks import WriteDeadLetters, WriteTables
+from pipeline.sinks import WriteDeadLetters, WriteTables, dead_letter_place
 from pipeline.sources import ReadTables, match_files
 
 REASONS = pa.list_(pa.struct([("feature", pa.string()), ("nats", pa.float32())]))
@@ -110,6 +111,22 @@ def test_what_is_written_can_be_read(tmp_path, file_format):
         _ = read.dead_letters | WriteDeadLetters(f"{tmp_path}/letters")
     assert pq.read_table(tmp_path / "again").equals(table)
     assert pq.read_table(tmp_path / "letters").num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("out/", "out/_dead_letters"),
+        ("gs://b/out/x.csv", "gs://b/out/_dead_letters"),
+        ("out/*.jsonl", "out/_dead_letters"),
+        ("x.csv", "./_dead_letters"),
+        ("/x.csv", "/_dead_letters"),
+        ("/", "/_dead_letters"),
+    ],
+)
+def test_dead_letters_go_beside_the_scored_files(output, expected):
+    assert dead_letter_place(SimpleNamespace(output=output, dead_letters=None)) == expected
+    assert dead_letter_place(SimpleNamespace(output=output, dead_letters="x")) == "x"
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "csv", "jsonl"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 import beam_vae
 from pipeline.run import run
+from pipeline.sinks import WriteDeadLetters, WriteTables
 from pipeline.sources import match_files
 from vae_model import files, load_bundle
 from vae_model.bundle import BundleError
@@ -148,6 +150,19 @@ def test_the_job_reads_and_writes_a_store(root, first, make_table):
         "scored-00000-of-00001.parquet",
         "_dead_letters/dead_letters-00000-of-00001.parquet",
     }
+
+
+def test_json_lines_may_have_no_line_in_a_store(root):
+    FileSystems.set_options(PipelineOptions([]))
+    schema = pa.schema([("x", pa.int64())])
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        tables = pipeline | beam.Create([schema.empty_table()], reshuffle=False)
+        tables | "Zipped" >> WriteTables(f"{root}/zipped.jsonl.gz", schema)
+        tables | beam.Filter(len) | "None" >> WriteDeadLetters(f"{root}/none.jsonl")
+    assert names(root) == {"none-00000-of-00001.jsonl", "zipped-00000-of-00001.jsonl.gz"}
+    for name in names(root):
+        with FileSystems.open(f"{root}/{name}") as stream:
+            assert stream.read() == b""
 
 
 def test_a_bundle_whose_writing_fails_does_not_count(root, first):

@@ -623,6 +623,11 @@ def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first
     table = mixed_table.slice(0, 200).select(["length", "count", "color", "seen_at"]).sort_by("seen_at")
     pq.write_table(table, tmp_path / "in.parquet")
     day = 86_400
+    old, young = (tmp_path / f"out/.beam-temp-scored-{name}" for name in ("old", "young"))
+    for path, age in {old: 2 * day, young: 60}.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("what a killed worker left")
+        os.utime(path, (time.time() - age,) * 2)
     flags = stream_flags(
         first_uri,
         tmp_path / "out",
@@ -640,6 +645,7 @@ def test_a_replayed_table_comes_out_in_the_windows_of_its_own_times(first, first
         start = datetime.datetime.strptime(path.name[7:22], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
         times = pq.read_table(path)["event_time"].to_pylist()
         assert all(start <= when < start + datetime.timedelta(days=7) for when in times)
+    assert (old.exists(), young.exists()) == (False, True)  # another job may be writing the young one
 
 
 def test_a_window_with_too_many_dead_letters_is_told(first_uri, mixed_table, tmp_path, caplog, monkeypatch):

@@ -21,6 +21,7 @@ from waiting import until
 import beam_vae
 from pipeline.records import DEAD_LETTER_SCHEMA
 from vae_model.bundle import BundleError, score_fields
+from vae_model.pointer import Entry, Pointer
 
 pytest.importorskip("jinja2", reason="comes with apache-beam[yaml]")
 
@@ -28,7 +29,7 @@ from apache_beam.typehints.schemas import typing_from_runner_api
 from apache_beam.yaml import main
 from apache_beam.yaml.yaml_provider import load_providers
 
-from pipeline.yaml_provider import DeadLetter, Reason, ScoreAnomalies
+from pipeline.yaml_provider import DeadLetter, ScoreAnomalies
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "score.yaml"
 PROVIDER = Path(__file__).parents[1] / "pipeline" / "yaml_provider.yaml"
@@ -164,6 +165,32 @@ def test_without_error_handling_such_a_row_fails_the_pipeline(first_uri, table, 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_rows_are_scored_by_the_model_of_their_key(first, second, first_uri, second_uri, table, tmp_path):
+    rows = table.slice(0, 60).append_column("tenant", pa.array(["a", "b", "new"] * 20))
+    pq.write_table(rows, tmp_path / "in.parquet")
+    Pointer(f"{tmp_path}/b/live.json", Entry(second_uri, second.model_version, "x")).write()
+    keyed = {"key": "tenant", "columns": ["n"]}
+    by_dict = {"models_by_key": {"a": first_uri, "b": f"{tmp_path}/b/live.json"}, **keyed}
+    by_dict["error_handling"] = {"output": "bad"}
+    by_pattern = {"models_by_key": f"{tmp_path}/{{key}}/live.json", "default_model": first_uri, **keyed}
+    transforms = [step("ReadFromParquet", path=f"{tmp_path}/in.parquet")]
+    for name, config in {"Dict": by_dict, "Pattern": by_pattern}.items():
+        transforms += [step("ScoreAnomalies", "ReadFromParquet", **config) | {"name": name}]
+        transforms += [step("WriteToParquet", name, path=f"{tmp_path}/{name}-good") | {"name": f"{name}Good"}]
+    run([*transforms, step("WriteToJson", "Dict.bad", path=f"{tmp_path}/bad")], tmp_path)
+    alone = [model.score(rows) for model in (first, second)]
+    for name, models in {"Dict": {0: 0, 1: 1}, "Pattern": {0: 0, 1: 1, 2: 0}}.items():
+        found = read_parquet(tmp_path, f"{name}-good")
+        wanted = pa.concat_tables(
+            alone[models[n % 3]].slice(n, 1).drop_columns(["tenant"]) for n in range(60) if n % 3 in models
+        )
+        assert found["n"].to_pylist() == wanted["n"].to_pylist()
+        close(found, wanted)
+    unknown = read_json(tmp_path, "bad")
+    assert sorted(json.loads(letter["payload"])["n"] for letter in unknown) == list(range(2, 60, 3))
+    assert {letter["error_type"] for letter in unknown} == {"unknown_model"}
+
+
 def test_our_detector_in_beams_anomaly_detection(first_uri, table, expected, tmp_path):
     pq.write_table(table, tmp_path / "in.parquet")
     fields = {
@@ -248,10 +275,8 @@ def test_messages_are_scored_and_published_again(first_uri, table, expected, tmp
 # ---- construction ----------------------------------------------------------------------------------
 
 
-def test_rows_of_yaml_have_the_fields_of_tables():
+def test_dead_letters_of_yaml_have_the_fields_of_tables():
     assert list(DeadLetter._fields) == DEAD_LETTER_SCHEMA.names
-    reasons = next(field for field in score_fields(1) if field.name == "anomaly_reasons")
-    assert list(Reason._fields) == [field.name for field in reasons.type.value_type]
 
 
 def test_beam_yaml_knows_the_types_of_the_config():
@@ -260,7 +285,8 @@ def test_beam_yaml_knows_the_types_of_the_config():
     assert {field.name for field in fields} == set(inspect.signature(ScoreAnomalies).parameters)
     assert all(field.description for field in fields)
     types = {field.name: typing_from_runner_api(field.type) for field in fields}
-    assert (types["bundle"], types["threshold"]) == (str, typing.Optional[np.float64])  # noqa: UP045
+    assert (types["bundle"], types["threshold"]) == (typing.Optional[str], typing.Optional[np.float64])  # noqa: UP045
+    assert types["models_by_key"] is typing.Any
     assert "anomaly score in nats" in provider.description("ScoreAnomalies")
 
 
@@ -274,6 +300,22 @@ def test_arguments_are_checked_at_construction(first_uri, tmp_path):
             ScoreAnomalies(first_uri, error_handling=wrong)
     with pytest.raises(ValueError, match="error_handling: expected a name other than 'good'"):
         ScoreAnomalies(first_uri, error_handling={"output": "good"})
+
+
+def test_arguments_of_models_by_key_are_checked_at_construction(first_uri, tmp_path):
+    with pytest.raises(ValueError, match="bundle: expected the URI of one, or else models_by_key"):
+        ScoreAnomalies()
+    with pytest.raises(ValueError, match="key: expected with models_by_key the column that holds it, got none"):
+        ScoreAnomalies(models_by_key={"a": first_uri})
+    with pytest.raises(
+        ValueError, match=r"models_by_key: expected URIs by key, or one with \{key\} in it, got \['x'\]"
+    ):
+        ScoreAnomalies(models_by_key=["x"], key="site")
+    with pytest.raises(BundleError, match="no bundle there"):
+        ScoreAnomalies(models_by_key={"a": first_uri}, key="site", default_model=str(tmp_path / "none"))
+    rows = beam.Pipeline() | beam.Create([beam.Row(length=1.0, count=1, color="red")])
+    with pytest.raises(ValueError, match="site: named in key, but the rows have only length, count, color"):
+        _ = rows | ScoreAnomalies(models_by_key={"a": first_uri}, key="site")
 
 
 def test_rows_without_columns_are_refused(first_uri):
