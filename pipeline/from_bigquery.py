@@ -106,20 +106,21 @@ def bigquery_schema(place: str, project: str | None) -> pa.Schema:
 
     Args:
         place: See `ReadTablesFromBigQuery`.
-        project: On whose behalf; None for that of the environment.
+        project: On whose behalf; by default the table's own.
 
     Raises:
-        ValueError: There is no such table, the query is wrong, a column has a type that is not read, or BigQuery does
-            not answer.
+        ValueError: There is no such table, the query is wrong or nobody's, a column has a type that is not read, or
+            BigQuery does not answer.
     """
-    is_query = _QUERY.match(place)
-    name = None if is_query else client_name(beam_name(place))
-    with client_for(place, project) as client:
+    name = None if _QUERY.match(place) else beam_name(place)
+    if not (name or project):
+        raise ValueError("missing --project: a query needs one")
+    with client_for(place, project or str(name).rpartition(":")[0]) as client:
         if name is None:
             job = client.query(place, bigquery.QueryJobConfig(dry_run=True, use_query_cache=False))
             fields = job.schema or []
         else:
-            table = client.get_table(name)
+            table = client.get_table(client_name(name))
             if table.table_type != "TABLE":
                 raise ValueError(f"bigquery:{place}: expected a table, got a {table.table_type}; read it by a query")
             fields = table.schema

@@ -100,9 +100,7 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
         typed = _with_types(typed, schema)
     score.input_schema = typed
     output_schema = score.output_schema(typed)
-    output_format = options.output_format or (
-        format_of(options.output) if split_suffix(options.output)[1] or tables.source else input_format
-    )
+    output_format = options.output_format or _format_of_output(options.output, input_format)
 
     # All columns, also those that are not written: a dead letter carries its whole record.
     required = tuple(schema.names)
@@ -129,6 +127,13 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     )
 
 
+def _format_of_output(output: str, input_format: str) -> str:
+    """By its suffix, else that of the input, which may be no file."""
+    if split_suffix(output)[1]:
+        return format_of(output)
+    return "parquet" if input_format == "bigquery" else input_format
+
+
 class _Tables:
     """The job's places in BigQuery, asked before it runs; each method gives None where the place is files.
 
@@ -144,12 +149,18 @@ class _Tables:
         self._project = cloud.project
         # What Beam loads from here is on behalf of the environment's project, whatever the flag says.
         self._loads_for = None if _short_name(beam_options) in LOCAL_RUNNERS else cloud.project
-        if not any(bigquery_place(place) for place in (options.input, options.output, options.dead_letters)):
+        tables = [
+            table for table in map(bigquery_place, (options.input, options.output, options.dead_letters)) if table
+        ]
+        if not tables:
             return
         need_gcp()
+        from pipeline.to_bigquery import refuse_strangers
+
         if not str(cloud.temp_location).startswith("gs://"):
             got = cloud.temp_location or "none"
             raise ValueError(f"--temp_location: with bigquery:, expected gs://BUCKET/FOLDER for its files, got {got}")
+        refuse_strangers(tables[0])  # before Beam looks for credentials, again and again
         refuse_unwritable("temp_location", cloud.temp_location)
 
     def schema(self) -> pa.Schema:

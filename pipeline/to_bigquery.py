@@ -189,9 +189,16 @@ def client_for(place: str, project: str | None) -> Iterator[bigquery.Client]:
             f"bigquery:{place}: expected Google's application default credentials, found none; see docs/stores.md"
         ) from None
     except GoogleAPICallError as error:
-        raise ValueError(f"bigquery:{place}: {error.message}") from error
+        details = error.errors[0]["message"] if error.errors else error.message
+        raise ValueError(f"bigquery:{place}: {details}") from error
     except (GoogleAuthError, OSError) as error:  # such as no project
         raise ValueError(f"bigquery:{place}: {error}") from error
+
+
+def refuse_strangers(place: str) -> None:
+    """Raises `ValueError` where there are no credentials."""
+    with client_for(place, "any"):
+        pass
 
 
 def _difference(fields: list[dict[str, Any]], found: list[dict[str, Any]]) -> str | None:

@@ -190,7 +190,7 @@ def _as_rows(content, fields):
 
 def _duckdb_type(field):
     if field["type"] == "RECORD":
-        items = (f"{item['name']} {_duckdb_type(item)}" for item in field["fields"])
+        items = (f'"{item["name"]}" {_duckdb_type(item)}' for item in field["fields"])
         kind = f"STRUCT({', '.join(items)})"
     else:
         kind = _DUCKDB[field["type"]]
@@ -254,7 +254,7 @@ def bigquery_service(read, write):
     service = BigQuery(read, write)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(service))
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIGQUERY_EMULATOR_HOST", url)
