@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import apache_beam as beam
+import orjson
 import pyarrow as pa
 from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
 from apache_beam.io.gcp.bigquery_tools import RetryStrategy, parse_table_reference
@@ -258,21 +258,16 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def bigquery_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The rows as JSON values that BigQuery reads: ISO 8601 times, base64, NaN as null; no null lists.
 
-    Decimals, and integers that a float cannot hold, are text. Of times, what is finer than microseconds is cut off.
+    Decimals and integers of 64 bits are text, for a float does not hold all of them. Of times, what is finer than
+    microseconds is cut off.
     """
     columns = [_insertable(column) for column in table.columns]
     names = [name for name, field in zip(table.column_names, table.schema, strict=True) if _is_list(field.type)]
-    lines = json_rows(pa.table(columns, names=table.column_names)).to_pylist()
-    rows = [json.loads(line, parse_int=_exact) for line in lines]
+    rows = [orjson.loads(line) for line in json_rows(pa.table(columns, names=table.column_names)).to_pylist()]
     for row in rows:
         for name in names:
             row[name] = row[name] or []
     return rows
-
-
-def _exact(text: str) -> int | str:
-    # As its guide to JSON asks for; 2**53 has 16 digits.
-    return int(text) if len(text) < 16 else text
 
 
 def _insertable(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -283,7 +278,7 @@ def _insertable(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _insertable_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_decimal(kind):
+    if pa.types.is_decimal(kind) or pa.types.is_int64(kind) or pa.types.is_uint64(kind):
         return pa.string()
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
         return pa.timestamp("us", kind.tz)

@@ -235,11 +235,11 @@ def test_an_output_without_rows_is_an_empty_table_and_replaces_one_with_rows(ser
     assert [field["name"] for field in service.tables["dead"]["fields"]] == DEAD_LETTER_SCHEMA.names
 
 
-def test_a_load_that_bigquery_refuses_fails_the_job(service, source, first_uri):
+def test_a_load_that_bigquery_refuses_fails_the_pipeline(service):
     service.fault = "Error while reading data, error message: too many errors"
-    out = {"output": f"{PLACE}scored", "dead_letters": f"{PLACE}dead"}
+    load = LoadTablesToBigQuery("my-project.flights.scored", WIDE.schema)
     with pytest.raises(RuntimeError, match=r"BigQuery job .* failed(.|\n)*too many errors"):
-        run(flags(first_uri, input=source, **out))
+        beam_run(lambda pipeline: pipeline | beam.Create([WIDE], reshuffle=False) | load)
     assert "scored" not in service.tables
 
 
@@ -332,7 +332,7 @@ def test_a_job_from_bigquery_to_bigquery_is_accepted_by_dataflow(cloud, service,
     monkeypatch.setattr(dataflow, "work", lambda job: None)  # its workers would look for the real BigQuery
     first.save(f"gs://{BUCKET}/models/first")
     service.create("source", FIELDS)
-    places = {"input": f"{PLACE}source", "output": f"{PLACE}scored", "dead_letters": f"{PLACE}dead"}
+    places = {"input": f"{PLACE}source", "output": f"{PLACE}scored", "dead_letters": f"gs://{BUCKET}/dead"}
     given = [f"--{name}={value}" for name, value in places.items()]
     given += [f"--bundle=gs://{BUCKET}/models/first", "--sdk_container_image=example.invalid/beam-vae:1"]
     assert launcher.main([*given, "--runner=DataflowRunner", *to_dataflow]) == 0
