@@ -174,8 +174,9 @@ def _check_tables(options: Any, source: str | None, output: str | None, letters:
             raise ValueError(f"--{flag}_format: is for files, but --{flag} is {getattr(options, flag)}")
     if output is not None and not options.dead_letters:
         raise ValueError(f"missing --dead_letters: with --output {options.output}, they need a place of their own")
-    if output is not None and output in (source, letters):
-        raise ValueError(f"--output: expected a table of its own, got {options.output} twice")
+    names = [table.replace(":", ".") for table in (source, output, letters) if table is not None]
+    if len(set(names)) < len(names):
+        raise ValueError("--input, --output and --dead_letters: expected tables of their own, got the same twice")
 
 
 def _check_streaming(options: Any) -> None:

@@ -273,7 +273,7 @@ REFUSED = {
     "no place for files": ({"temp_location": "/tmp"}, "--temp_location: with bigquery:, expected gs://BUCKET/FOLDER"),
     "no such bucket": ({"temp_location": "gs://none/tmp"}, "--temp_location: cannot write to gs://none/tmp"),
     "no place for letters": ({"dead_letters": ""}, "missing --dead_letters: with --output bigquery:"),
-    "one table for two": ({"dead_letters": f"{PLACE}new"}, "--output: expected a table of its own"),
+    "one table for two": ({"dead_letters": f"{PLACE}source"}, "expected tables of their own, got the same twice"),
     "a format": ({"output_format": "csv"}, "--output_format: is for files, but --output is bigquery:"),
 }
 
