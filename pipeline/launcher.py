@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from pipeline.command import load_job
-from pipeline.options import add_arguments, stream_place
+from pipeline.options import add_arguments, bigquery_place, stream_place
 from vae_model.cli import guarded
 
 
@@ -59,7 +59,7 @@ def as_flags(parameters: Sequence[str], switches: Collection[str]) -> list[str]:
                 flags.append(name)
         elif value or not has_value:
             flags.append(parameter)
-        if name == "--input" and stream_place(value):
+        if name == "--input" and stream_place(value) and bigquery_place(value) is None:
             flags.append("--streaming")
     return flags
 

@@ -31,14 +31,16 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     add(
         "--input",
         metavar="URI",
-        help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl. With --streaming, "
+        help="Files to score: a path, glob or directory; *.parquet, *.csv, *.jsonl; or "
+        "bigquery:PROJECT.DATASET.TABLE, or 'bigquery:SELECT ...'. With --streaming, "
         "pubsub:projects/P/subscriptions/S or .../topics/T, kafka:HOST:PORT/TOPIC, "
         "replay:TABLE.parquet?rate=1000&time_column=T.",
     )
     add(
         "--output",
         metavar="URI",
-        help="Where scored files go: a directory, or a name such as out/scored.csv. With --streaming, "
+        help="Where scored files go: a directory, or a name such as out/scored.csv; or "
+        "bigquery:PROJECT.DATASET.TABLE. With --streaming, "
         "pubsub:projects/P/topics/T, kafka:HOST:PORT/TOPIC, bigquery:PROJECT.DATASET.TABLE, or files by window: "
         "FOLDER or FOLDER/*.jsonl.",
     )
@@ -54,7 +56,7 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     add(
         "--dead_letters",
         metavar="URI",
-        help="Where unusable records go: files, or, with --streaming, whatever --output takes. By default, "
+        help="Where unusable records go: whatever --output takes. By default, "
         "OUTPUT/_dead_letters where the output is files.",
     )
     add(
@@ -70,7 +72,7 @@ def add_arguments(parser: ArgumentParser | Any) -> None:
     add("--reasons", type=int, default=0, metavar="K", help="Explain each row by its K strangest columns (default 0).")
     add("--threshold", type=float, metavar="NATS", help="Label scores from here on, instead of the bundle's threshold.")
     add("--score_prefix", default="", metavar="TEXT", help="Put before the names of the score columns.")
-    add("--overwrite", action="store_true", help="Replace scored files that are at --output.")
+    add("--overwrite", action="store_true", help="Replace scored files, or the table, that are at --output.")
     add(
         "--timestamp_attribute",
         metavar="NAME",
@@ -109,6 +111,12 @@ def stream_place(uri: Any) -> tuple[str, str] | None:
     """`("pubsub", "projects/P/topics/T")` of a stream's URI; None of files."""
     found = _STREAM.fullmatch(str(uri))
     return (found[1], found[2]) if found else None
+
+
+def bigquery_place(uri: Any) -> str | None:
+    """`"PROJECT.DATASET.TABLE"` of `"bigquery:PROJECT.DATASET.TABLE"`; None of anything else."""
+    scheme, rest = stream_place(uri) or ("", "")
+    return rest if scheme == "bigquery" else None
 
 
 _STREAMING_ONLY = (
@@ -150,12 +158,25 @@ def check(options: Any, streaming: bool = False) -> None:
     if streaming:
         _check_streaming(options)
         return
-    for flag in ("input", "output", "dead_letters"):
-        if stream_place(getattr(options, flag)):
+    tables = [bigquery_place(getattr(options, flag)) for flag in ("input", "output", "dead_letters")]
+    for flag, table in zip(("input", "output", "dead_letters"), tables, strict=True):
+        if stream_place(getattr(options, flag)) and table is None:
             raise ValueError(f"--{flag}: {getattr(options, flag)} is for streaming jobs; add --streaming")
     for flag in _STREAMING_ONLY:
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag}: is for streaming jobs; add --streaming")
+    _check_tables(options, *tables)
+
+
+def _check_tables(options: Any, source: str | None, output: str | None, letters: str | None) -> None:
+    for flag, table in (("input", source), ("output", output)):
+        if table is not None and getattr(options, f"{flag}_format"):
+            raise ValueError(f"--{flag}_format: is for files, but --{flag} is {getattr(options, flag)}")
+    if output is not None and not options.dead_letters:
+        raise ValueError(f"missing --dead_letters: with --output {options.output}, they need a place of their own")
+    names = [table.replace(":", ".") for table in (source, output, letters) if table is not None]
+    if len(set(names)) < len(names):
+        raise ValueError("--input, --output and --dead_letters: expected tables of their own, got the same twice")
 
 
 def _check_streaming(options: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,11 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
 from pipeline.letters import KIND_PREFIX, NAMESPACE, num_records
-from pipeline.options import add_arguments, check, stream_place
+from pipeline.options import add_arguments, bigquery_place, check, stream_place
+from pipeline.records import DEAD_LETTER_SCHEMA
 from pipeline.sinks import (
     WriteDeadLetters,
     WriteTables,
@@ -57,7 +58,7 @@ class Summary:
         num_unreadable_files: Files whose number of records is not known.
         reasons: Dead letters by kind of error.
         seconds: From launch to the last file.
-        output: Where the scored files are.
+        output: Where the scored files are, or the table.
         dead_letters: Where the others are.
         versions: Of a streaming job, records by the version of the model that scored them.
     """
@@ -89,33 +90,36 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
     Raises:
         ValueError: A flag is wrong, or the input does not fit the bundle; nothing has run then.
         FileNotFoundError: No input file matches.
-        FileExistsError: Scored files are at the output, and `overwrite` is false.
+        FileExistsError: Scored files or rows are at the output, and `overwrite` is false.
     """
     check(options)
-    input_format = format_of(options.input, options.input_format)
-    input_files = match_files(options.input, input_format)
+    tables = _Tables(pipeline.options, options)
+    input_format = "bigquery" if tables.source else format_of(options.input, options.input_format)
+    input_files = [] if tables.source else match_files(options.input, input_format)
     _refuse_old_output(options, input_files)
     columns = options.columns if options.id_columns is None else options.id_columns
     score = ScoreTables(options.bundle, options.reasons, options.threshold, options.score_prefix, columns)
     score.model_refresh_secs = options.model_refresh_secs
     schema = score.loaded.schema
-    typed = launch_schema(options.input, input_format)
-    if input_format != "parquet":
+    typed = tables.schema() if tables.source else launch_schema(options.input, input_format)
+    if input_format in ("csv", "jsonl"):
         # Text says nothing of types: features are read as in training, numbers wide enough for strange ones.
         typed = _with_types(typed, schema)
     score.input_schema = typed
     output_schema = score.output_schema(typed)
-    output_format = options.output_format or (
-        format_of(options.output) if split_suffix(options.output)[1] else input_format
-    )
+    output_format = options.output_format or _format_of_output(options.output, input_format)
 
     # All columns, also those that are not written: a dead letter carries its whole record.
     required = tuple(schema.names)
-    read = pipeline | "ReadTables" >> ReadTables(options.input, typed, input_format, required=required)
+    source = tables.read(typed, required) or ReadTables(options.input, typed, input_format, required=required)
+    write_scored = tables.write("output", output_schema) or WriteTables(options.output, output_schema, output_format)
+    letter_place = dead_letter_place(options)
+    write_letters = tables.write("dead_letters", DEAD_LETTER_SCHEMA) or WriteDeadLetters(letter_place)
+    read = pipeline | "ReadTables" >> source
     scored = read.tables | "ScoreTables" >> score
-    scored_files = scored.scored | "WriteScored" >> WriteTables(options.output, output_schema, output_format)
+    scored_files = scored.scored | "WriteScored" >> write_scored
     letters = (read.dead_letters, scored.dead_letters) | "AllDeadLetters" >> beam.Flatten()
-    letter_files = letters | "WriteDeadLetters" >> WriteDeadLetters(dead_letter_place(options))
+    letter_files = letters | "WriteDeadLetters" >> write_letters
     counts = (
         scored.scored | "CountScored" >> beam.Map(lambda table: (table.num_rows, 0, 0)),
         letters | "CountDeadLetters" >> beam.Map(lambda table: (0, num_records(table), _num_unknown(table))),
@@ -128,6 +132,81 @@ def build(pipeline: beam.Pipeline, options: Any) -> None:
         # After the files are in their places, where whoever is told of too many letters looks for them.
         | "CheckDeadLetters" >> beam.ParDo(check_letters, beam.pvalue.AsIter(written))
     )
+
+
+def _format_of_output(output: str, input_format: str) -> str:
+    """By its suffix, else that of the input, which may be no file."""
+    if split_suffix(output)[1]:
+        return format_of(output)
+    return "parquet" if input_format == "bigquery" else input_format
+
+
+class _Tables:
+    """The job's places in BigQuery, asked before it runs; each method gives None where the place is files.
+
+    Raises:
+        ValueError: They need a place in Cloud Storage, or a project, and there is none.
+        ImportError: Google's clients are not installed.
+    """
+
+    def __init__(self, beam_options: PipelineOptions, options: Any) -> None:
+        self.source = bigquery_place(options.input)
+        self._options = options
+        cloud = beam_options.view_as(GoogleCloudOptions)
+        self._project = cloud.project
+        # What Beam loads from here is on behalf of the environment's project, whatever the flag says.
+        self._loads_for = None if _short_name(beam_options) in LOCAL_RUNNERS else cloud.project
+        tables = [
+            table for table in map(bigquery_place, (options.input, options.output, options.dead_letters)) if table
+        ]
+        if not tables:
+            return
+        need_gcp()
+        from pipeline.to_bigquery import refuse_strangers
+
+        if not str(cloud.temp_location).startswith("gs://"):
+            got = cloud.temp_location or "none"
+            raise ValueError(f"--temp_location: with bigquery:, expected gs://BUCKET/FOLDER for its files, got {got}")
+        refuse_strangers(tables[0])  # before Beam looks for credentials, again and again
+        refuse_unwritable("temp_location", cloud.temp_location)
+
+    def schema(self) -> pa.Schema:
+        from pipeline.from_bigquery import bigquery_schema
+
+        return _of_flag("input", bigquery_schema, self.source, self._project)
+
+    def read(self, schema: pa.Schema, required: Sequence[str]) -> beam.PTransform | None:
+        if self.source is None:
+            return None
+        from pipeline.from_bigquery import ReadTablesFromBigQuery
+
+        return ReadTablesFromBigQuery(self.source, schema, required)
+
+    def write(self, flag: str, schema: pa.Schema) -> beam.PTransform | None:
+        place = bigquery_place(getattr(self._options, flag))
+        if place is None:
+            return None
+        from pipeline.to_bigquery import LoadTablesToBigQuery
+
+        load = _of_flag(flag, LoadTablesToBigQuery, place, schema, self._options.overwrite)
+        _of_flag(flag, load.refuse, self._loads_for)
+        return load
+
+
+def _of_flag(flag: str, call: Callable[..., Any], *args: Any) -> Any:
+    """What the call gives; its `ValueError` with the flag before it."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+
+
+def need_gcp() -> None:
+    """Raises `ImportError` where Google's clients are not installed."""
+    try:
+        import google.cloud.bigquery  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"bigquery: needs the extra gcp: pip install 'beam-vae[gcp]' ({error})") from None
 
 
 def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
@@ -155,8 +234,9 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
         return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
-    refuse_unwritable("output", options.output)
-    refuse_unwritable("dead_letters", dead_letter_place(options))
+    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
+        if bigquery_place(place) is None:
+            refuse_unwritable(flag, place)
     old = _output_files(options)
     start = time.perf_counter()
     try:
@@ -268,9 +348,10 @@ def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _places(options: Any) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Where the job writes, and the files' name in a directory."""
-    return (options.output, "scored"), (dead_letter_place(options), "dead_letters")
+def _places(options: Any) -> tuple[tuple[str, str], ...]:
+    """Where the job writes files, and their name in a directory."""
+    places = (options.output, "scored"), (dead_letter_place(options), "dead_letters")
+    return tuple((place, name) for place, name in places if bigquery_place(place) is None)
 
 
 def _output_files(options: Any) -> dict[str, float]:
@@ -328,8 +409,12 @@ class _CheckDeadLetters(beam.DoFn):
 
 def runner_of(flags: Sequence[str]) -> str:
     """The runner that Beam takes for these flags, by its short name."""
-    options = PipelineOptions(list(flags)).view_as(StandardOptions)
-    return str(options.runner or StandardOptions.DEFAULT_RUNNER).rpartition(".")[2]
+    return _short_name(PipelineOptions(list(flags)))
+
+
+def _short_name(beam_options: PipelineOptions) -> str:
+    runner = beam_options.view_as(StandardOptions).runner
+    return str(runner or StandardOptions.DEFAULT_RUNNER).rpartition(".")[2]
 
 
 def refuse_unknown_flags(flags: Sequence[str], like: Collection[str] | None = None) -> None:

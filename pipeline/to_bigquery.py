@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import apache_beam as beam
+import orjson
 import pyarrow as pa
 from apache_beam.io.gcp.bigquery import BigQueryDisposition, WriteToBigQuery
 from apache_beam.io.gcp.bigquery_tools import RetryStrategy, parse_table_reference
+from google.api_core.exceptions import GoogleAPICallError, NotFound
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.cloud import bigquery
 
 from pipeline.letters import Letters
 from pipeline.records import json_rows, record_letters
@@ -41,12 +45,7 @@ class WriteTablesToBigQuery(beam.PTransform):
 
     def __post_init__(self) -> None:
         super().__init__()
-        # A project may belong to a domain, as in example.com:project.
-        found = re.fullmatch(r"((?:[^:]+:)?[^:.]+)[:.]([\w-]+)\.([^.:]+)", self.table)
-        if found is None:
-            raise ValueError(f"expected bigquery:PROJECT.DATASET.TABLE, got bigquery:{self.table}")
-        self.reference = f"{found[1]}:{found[2]}.{found[3]}"
-        parse_table_reference(self.reference)  # raises where Beam would, later
+        self.reference = beam_name(self.table)
         self.fields = bigquery_fields(self.schema)
 
     def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[pa.Table]:
@@ -70,6 +69,161 @@ class WriteTablesToBigQuery(beam.PTransform):
         """The score column of that name, which may have a prefix."""
         found: list[str] = [field.name for field in self.schema if field.name.endswith(name)]
         return found[-1] if found else None
+
+
+@dataclass
+class LoadTablesToBigQuery(beam.PTransform):
+    """Writes tables of one schema to BigQuery when all are there; gives the name of the table.
+
+    By load jobs: files of JSON Lines go to the pipeline's `temp_location`, and are loaded as a whole or, where BigQuery
+    refuses any row, not at all, which fails the pipeline. The table is made where there is none, also for no rows.
+
+    Args:
+        table: "PROJECT.DATASET.TABLE", or "PROJECT:DATASET.TABLE".
+        schema: The schema of every table.
+        overwrite: Replace the table; without it, the table has to be absent or empty.
+
+    Raises:
+        ValueError: The name is no table's, or the schema has no place in BigQuery.
+    """
+
+    table: str
+    schema: pa.Schema
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.reference = beam_name(self.table)
+        self.fields = bigquery_fields(self.schema)
+
+    def expand(self, tables: beam.PCollection[pa.Table]) -> beam.PCollection[str]:
+        rows = tables | "ToRows" >> beam.FlatMap(bigquery_rows).with_output_types(dict[str, Any])
+        written = rows | "Load" >> WriteToBigQuery(
+            self.reference,
+            schema={"fields": self.fields},
+            method=WriteToBigQuery.Method.FILE_LOADS,
+            create_disposition=BigQueryDisposition.CREATE_IF_NEEDED,
+            write_disposition=(
+                BigQueryDisposition.WRITE_TRUNCATE if self.overwrite else BigQueryDisposition.WRITE_EMPTY
+            ),
+        )
+        jobs = (written.destination_load_jobid_pairs, written.destination_copy_jobid_pairs) | "Jobs" >> beam.Flatten()
+        make = beam.ParDo(_MakeEmpty(self.fields, self.overwrite), beam.pvalue.AsIter(jobs)).with_output_types(str)
+        return tables.pipeline | "Table" >> beam.Create([self.reference]) | "Loaded" >> make
+
+    def refuse(self, project: str | None) -> None:
+        """Asks BigQuery whether the rows can be loaded, before there are any.
+
+        Args:
+            project: On whose behalf; None for that of the environment.
+
+        Raises:
+            ValueError: There is no such dataset, a column of the table is another one, or BigQuery does not answer.
+            FileExistsError: The table has rows, and `overwrite` is false.
+        """
+        with client_for(self.table, project) as client:
+            try:
+                table = client.get_table(client_name(self.reference))
+            except NotFound:
+                client.get_dataset(client_name(self.reference).rpartition(".")[0])
+                return
+        if self.overwrite:
+            return
+        if table.num_rows or table.streaming_buffer:
+            raise FileExistsError(f"bigquery:{self.table}: has rows already; choose another table or --overwrite")
+        problem = _difference(self.fields, [field.to_api_repr() for field in table.schema])
+        if problem:
+            raise ValueError(f"bigquery:{self.table}: is there, but not for these rows: {problem}; see --overwrite")
+
+
+class _MakeEmpty(beam.DoFn):
+    """Makes the table where no job loaded any rows, for which Beam starts none."""
+
+    def __init__(self, fields: list[dict[str, Any]], overwrite: bool) -> None:
+        self._fields, self._overwrite = fields, overwrite
+
+    def process(self, reference: str, jobs: Iterable[Any]) -> Iterator[str]:
+        if next(iter(jobs), None) is None:
+            schema = [bigquery.SchemaField.from_api_repr(field) for field in self._fields]
+            table = bigquery.Table(client_name(reference), schema)
+            client = bigquery.Client(project=table.project)
+            if self._overwrite:
+                client.delete_table(table, not_found_ok=True)
+            client.create_table(table, exists_ok=True)
+        yield reference
+
+
+def beam_name(table: str) -> str:
+    """A table's name as Beam writes it, PROJECT:DATASET.TABLE.
+
+    Raises:
+        ValueError: It is none.
+    """
+    # A project may belong to a domain, as in example.com:project.
+    found = re.fullmatch(r"((?:[^:]+:)?[^:.]+)[:.]([\w-]+)\.([^.:]+)", table)
+    if found is None:
+        raise ValueError(f"expected bigquery:PROJECT.DATASET.TABLE, got bigquery:{table}")
+    name = f"{found[1]}:{found[2]}.{found[3]}"
+    parse_table_reference(name)  # raises where Beam would, later
+    return name
+
+
+def client_name(reference: str) -> str:
+    """Beam's name of a table as Google's client writes it, PROJECT.DATASET.TABLE."""
+    project, _, rest = reference.rpartition(":")
+    return f"{project}.{rest}"
+
+
+@contextmanager
+def client_for(place: str, project: str | None) -> Iterator[bigquery.Client]:
+    """Google's client; what it raises in the block becomes a `ValueError` that names the place.
+
+    Args:
+        place: What follows "bigquery:".
+        project: To which requests are charged; None for that of the environment.
+    """
+    try:
+        yield bigquery.Client(project=project)
+    except DefaultCredentialsError:
+        raise ValueError(
+            f"bigquery:{place}: expected Google's application default credentials, found none; see docs/stores.md"
+        ) from None
+    except GoogleAPICallError as error:
+        details = error.errors[0]["message"] if error.errors else error.message
+        raise ValueError(f"bigquery:{place}: {details}") from error
+    except (GoogleAuthError, OSError) as error:  # such as no project
+        raise ValueError(f"bigquery:{place}: {error}") from error
+
+
+def refuse_strangers(place: str) -> None:
+    """Raises `ValueError` where there are no credentials."""
+    with client_for(place, "any"):
+        pass
+
+
+def _difference(fields: list[dict[str, Any]], found: list[dict[str, Any]]) -> str | None:
+    """The first column that a table of these fields could not take, in words."""
+    there = {field["name"].lower(): field for field in found}
+    for field in fields:
+        other = there.pop(field["name"].lower(), None)
+        if other is None:
+            return f"{field['name']}: the table has no such column"
+        wanted, got = (_kind(item) for item in (field, other))
+        if wanted != got:
+            return f"{field['name']}: expected {wanted}, got {got}"
+        inner = _difference(field["fields"], other["fields"]) if field["type"] == "RECORD" else None
+        if inner:
+            return f"{field['name']}.{inner}"
+    required = [field["name"] for field in there.values() if field.get("mode") == "REQUIRED"]
+    return f"{required[0]}: the table requires it" if required else None
+
+
+def _kind(field: dict[str, Any]) -> str:
+    kind = field["type"].upper()
+    return f"{field.get('mode') or 'NULLABLE'} {LEGACY_NAMES.get(kind, kind)}"
+
+
+LEGACY_NAMES = {"INT64": "INTEGER", "FLOAT64": "FLOAT", "BOOL": "BOOLEAN", "STRUCT": "RECORD"}
 
 
 class _Refuse(beam.DoFn):
@@ -102,21 +256,42 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def bigquery_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows as JSON values that BigQuery reads: ISO 8601 times, base64, NaN as null; no null lists."""
-    columns = [_insertable(column.combine_chunks()) for column in table.columns]
+    """The rows as JSON values that BigQuery reads: ISO 8601 times, base64, NaN as null; no null lists.
+
+    Decimals and integers of 64 bits are text, for a float does not hold all of them. Of times, what is finer than
+    microseconds is cut off.
+    """
+    columns = [_insertable(column) for column in table.columns]
     names = [name for name, field in zip(table.column_names, table.schema, strict=True) if _is_list(field.type)]
-    rows = [json.loads(text) for text in json_rows(pa.table(columns, names=table.column_names)).to_pylist()]
+    rows = [orjson.loads(line) for line in json_rows(pa.table(columns, names=table.column_names)).to_pylist()]
     for row in rows:
         for name in names:
             row[name] = row[name] or []
     return rows
 
 
-def _insertable(column: pa.Array) -> pa.Array:
-    if pa.types.is_map(column.type):
-        kind = column.type
-        return column.cast(pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)])))
-    return column
+def _insertable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = _insertable_type(column.type)
+    return column if kind == column.type else column.cast(kind, safe=False)
+
+
+def _insertable_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_decimal(kind) or pa.types.is_int64(kind) or pa.types.is_uint64(kind):
+        return pa.string()
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_time64(kind):
+        return pa.time64("us")
+    if pa.types.is_map(kind):
+        items = [("key", _insertable_type(kind.key_type)), ("value", _insertable_type(kind.item_type))]
+        return pa.list_(pa.struct(items))
+    if _is_list(kind):
+        return pa.list_(_insertable_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_insertable_type(field.type)) for field in kind])
+    return kind
 
 
 def _is_list(kind: pa.DataType) -> bool:
