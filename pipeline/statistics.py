@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.command import load_job
-from vae_model.cli import add_reading_arguments, configs, formatter, guarded
+from vae_model.cli import add_reading_arguments, formatter, guarded, training_config
 
 HELP = "Take the statistics that beam-vae fit needs in a Beam job, with the flags that the fit will have."
 
@@ -48,7 +48,7 @@ def _run_command(args: argparse.Namespace) -> int:
     elif not args.traceback:  # Beam logs an error with its traceback, and then raises it
         logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     reading = {name: getattr(args, name) for name in ("label", "numeric", "categorical", "timestamp", "exclude")}
-    num_rows, num_columns = run(args.input, args.output, configs(args)[1], args.flags, **reading)
+    num_rows, num_columns = run(args.input, args.output, training_config(args), args.flags, **reading)
     print(f"{num_rows:,} rows, {num_columns} columns: {args.output}")
     return 0
 

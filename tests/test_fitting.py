@@ -43,7 +43,7 @@ def no_training(monkeypatch):
     def train(*_: object, **__: object) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr("vae_model.training.train", train)
+    monkeypatch.setattr("vae_model.training.Trainer.train", train)
 
 
 # ---- out of core -------------------------------------------------------------------------------------

@@ -668,7 +668,7 @@ def test_fit_tells_before_training_that_its_output_cannot_be_written(blocked, mo
     def train(*_: object, **__: object) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr("vae_model.training.train", train)
+    monkeypatch.setattr("vae_model.training.Trainer.train", train)
     with pytest.raises(OSError, match=f"^{blocked}: cannot be written: .*Not a directory"):
         fit(noise(100), CONFIG, QUICK, output=str(blocked))
 

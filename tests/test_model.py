@@ -59,7 +59,7 @@ def test_at_beta_one_and_one_noise_the_loss_is_the_mean_score():
     noise = inputs.pop("noise")
     scores = []
     for row in range(5):
-        scorer = ElboScorer(networks, noise[row : row + 1])
+        scorer = ElboScorer([networks], noise[row : row + 1])
         scores.append(scorer.score(some(inputs, slice(row, row + 1))).score[0])
     assert networks.vae.metrics_names[0] == "loss"
     assert loss[0] == pytest.approx(np.mean(scores), rel=1e-5)
@@ -130,7 +130,7 @@ def test_weights_move_to_another_network():
     other.load_weights(networks.weights)
     noise = np.zeros((1, 2), np.float32)
     np.testing.assert_array_equal(
-        ElboScorer(other, noise).score(inputs).score, ElboScorer(networks, noise).score(inputs).score
+        ElboScorer([other], noise).score(inputs).score, ElboScorer([networks], noise).score(inputs).score
     )
 
 
@@ -158,7 +158,7 @@ def test_any_mix_of_columns_makes_a_model_with_finite_scores(columns):
     table = mixed_table().select(columns)
     schema = schema_of(table)
     networks = build_vae(schema, VAEConfig(hidden_dims=(4,)))
-    scores = ElboScorer(networks, np.zeros((1, networks.encoder.outputs[0].shape[-1]), np.float32)).score(
+    scores = ElboScorer([networks], np.zeros((1, networks.encoder.outputs[0].shape[-1]), np.float32)).score(
         encode(table, schema, CONFIG.views).inputs
     )
     assert scores.column_nll.shape == (40, len(columns))
@@ -174,8 +174,7 @@ def test_a_column_whose_missingness_varies_is_enough_for_a_model():
     table = pa.table({"d": pa.array(["same", None] * 20)})
     schema = schema_of(table)
     networks = build_vae(schema, CONFIG)
-    nll = (
-        ElboScorer(networks, np.zeros((1, 2), np.float32)).score(encode(table, schema, CONFIG.views).inputs).column_nll
-    )
+    scorer = ElboScorer([networks], np.zeros((1, 2), np.float32))
+    nll = scorer.score(encode(table, schema, CONFIG.views).inputs).column_nll
     # Untrained: present and missing are a coin's two sides; the level itself costs next to nothing.
     np.testing.assert_allclose(nll, np.log(2), atol=0.1)

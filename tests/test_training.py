@@ -15,7 +15,7 @@ from vae_model.model import Networks, build_vae
 from vae_model.schema import TableSchema, choose_kinds, infer_schema
 from vae_model.scoring import ElboScorer, draw_noise
 from vae_model.statistics import TableStatistics
-from vae_model.training import TrainedModel, TrainingError, _executions, default_steps, train
+from vae_model.training import TrainedModel, Trainer, TrainingError, _executions, default_steps
 
 CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, num_samples=2)
 NUM_TRAIN = 1000
@@ -58,7 +58,7 @@ def run(schema, inputs, validation):
 
     def run(config: VAEConfig = CONFIG, shuffled=shuffled, validation=validation, **training) -> TrainedModel:
         settings = TrainingConfig(**{"batch_size": 50, "learning_rate": 0.01, "patience": None} | training)
-        return train(schema, config, settings, num_rows=NUM_TRAIN, shuffled=shuffled, validation=validation)
+        return Trainer(schema, config, settings).train(num_rows=NUM_TRAIN, shuffled=shuffled, validation=validation)
 
     return run
 
@@ -73,7 +73,6 @@ def trained(run) -> TrainedModel:
 def mixed_networks(bundle) -> Networks:
     networks = build_vae(bundle.schema, bundle.config)
     networks.load_weights(bundle.weights)
-    networks.vae.compile(jit_compile=False)
     return networks
 
 
@@ -86,7 +85,8 @@ def evaluate(
     networks: Networks, inputs: dict[str, np.ndarray], beta: float, seed: int = 0
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The model's own loss of one batch, and its outputs for the same draws of z."""
-    networks.vae.get_layer("kl").weight.assign(beta)
+    networks.vae.compile(jit_compile=False)
+    networks.kl.weight.assign(beta)
     noise = np.random.default_rng(seed).standard_normal((len(inputs["present"]), networks.encoder.outputs[0].shape[-1]))
     inputs = inputs | {"noise": noise.astype(np.float32)}
     outputs = {name: np.asarray(value, np.float64) for name, value in networks.vae(inputs).items()}
@@ -112,7 +112,7 @@ def test_the_loss_estimates_the_mean_score(mixed_networks, mixed_inputs):
     losses = [evaluate(mixed_networks, mixed_inputs, beta=1.0, seed=seed)[0] for seed in range(20)]
     noise = draw_noise(32, 4, seed=1)
     noise = noise @ np.linalg.inv(np.linalg.cholesky(np.cov(noise.T, bias=True))).T  # exact second moments
-    scorer = ElboScorer(mixed_networks, noise)
+    scorer = ElboScorer([mixed_networks], noise)
     assert np.mean(losses) == pytest.approx(scorer.score(mixed_inputs).score.mean(), abs=0.02)
 
 
@@ -204,7 +204,7 @@ def test_the_best_weights_come_back(run, inputs, validation):
     losses = [entry["val_loss"] for entry in trained.history]
     assert losses[-1] > min(losses) + 1
     assert trained.summary["val_loss"] == min(losses)
-    again = np.mean([evaluate(trained.networks, validation, 1.0, seed)[0] for seed in range(5)])
+    again = np.mean([evaluate(trained.members[0], validation, 1.0, seed)[0] for seed in range(5)])
     assert again == pytest.approx(min(losses), abs=0.3)
 
 
@@ -218,7 +218,7 @@ def test_the_default_number_of_steps_follows_the_rows():
 
 
 def test_kl_per_latent_sums_to_the_validation_kl(trained, validation):
-    outputs = {name: np.asarray(value) for name, value in evaluate(trained.networks, validation, 1.0)[1].items()}
+    outputs = {name: np.asarray(value) for name, value in evaluate(trained.members[0], validation, 1.0)[1].items()}
     assert len(trained.summary["kl_per_latent"]) == 2
     assert sum(trained.summary["kl_per_latent"]) == pytest.approx(kl_of(outputs).mean(), abs=1e-3)
 

@@ -122,18 +122,17 @@ class Bundle:
     @cached_property
     def scorer(self) -> ElboScorer:
         """The network with its weights, ready to score encoded rows."""
-        from vae_model.model import build_vae  # TensorFlow: here, once
+        from vae_model.model import build_members  # TensorFlow: here, once
         from vae_model.scoring import ElboScorer
 
-        networks = build_vae(self.schema, self.config)
         try:
-            networks.load_weights(self.weights)
+            members = build_members(self.schema, self.config, self.weights)
         except ValueError as error:
             raise BundleError(f"weights.npz: {error}") from error
-        latent_dim = networks.encoder.outputs[0].shape[-1]
+        latent_dim = members[0].encoder.outputs[0].shape[-1]
         if self.noise.ndim != 2 or self.noise.shape[1] != latent_dim:
             raise BundleError(f"noise.npy: expected shape (samples, {latent_dim}), got {self.noise.shape}")
-        return ElboScorer(networks, self.noise)
+        return ElboScorer(members, self.noise)
 
     @overload
     def score(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from vae_model.config import TrainingConfig, VAEConfig
+from vae_model.config import QUALITIES, TrainingConfig, VAEConfig
 
 
 def formatter() -> type[argparse.HelpFormatter]:
@@ -75,6 +75,12 @@ def _add_fit(commands: Any) -> None:
         metavar="URI",
         help="File that python -m pipeline.statistics wrote, with the same flags; spares a pass over the tables.",
     )
+    add(
+        "--quality",
+        choices=list(QUALITIES),
+        default="default",
+        help="What scoring may cost: a small network, the default one, or several with a learned prior.",
+    )
     add_reading_arguments(add)
     _add_settings(
         add,
@@ -121,14 +127,19 @@ def _add_settings(add: Any, *settings: tuple[str, Callable[[str], Any], str]) ->
         add(f"--{name}", type=kind, metavar=name.rpartition("_")[2].upper(), help=help + shown)
 
 
-def configs(args: argparse.Namespace) -> tuple[Any, Any]:
+def configs(args: argparse.Namespace) -> tuple[VAEConfig, TrainingConfig]:
     """The two configurations, with the flags that were given."""
+    return VAEConfig.of_quality(args.quality, **_given(args, VAEConfig)), training_config(args)
 
-    def given(config: type) -> dict[str, Any]:
-        values = {field.name: getattr(args, field.name, None) for field in fields(config)}
-        return {name: value for name, value in values.items() if value is not None}
 
-    return VAEConfig(**given(VAEConfig)), TrainingConfig(**given(TrainingConfig))
+def training_config(args: argparse.Namespace) -> TrainingConfig:
+    """That of training, with the flags that were given."""
+    return TrainingConfig(**_given(args, TrainingConfig))
+
+
+def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    values = {field.name: getattr(args, field.name, None) for field in fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _fit(args: argparse.Namespace) -> int:

@@ -62,6 +62,9 @@ class VAEConfig(_Config):
             change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
             are drawn in antithetic pairs.
+        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of Gaussians learned with the rest.
+        num_components: Gaussians in such a mixture.
+        num_members: Networks trained alike from other first weights; the score is the mean of theirs.
     """
 
     hidden_dims: tuple[int, ...] = (128, 128)
@@ -73,6 +76,19 @@ class VAEConfig(_Config):
     background: float = 1e-4
     input_clip: float = 5.0
     num_samples: int = 4
+    prior: str = "normal"
+    num_components: int = 128
+    num_members: int = 1
+
+    @classmethod
+    def of_quality(cls, quality: str = "default", **changes: Any) -> Self:
+        """The configuration of one of `QUALITIES`, with some values changed.
+
+        Raises:
+            ValueError: There is no such quality, or a value is wrong.
+        """
+        _require("quality", quality, quality in QUALITIES, " or ".join(map(repr, QUALITIES)))
+        return cls(**QUALITIES[quality] | changes)
 
     def __post_init__(self) -> None:
         for name in ("hidden_dims", "views"):
@@ -86,10 +102,21 @@ class VAEConfig(_Config):
         _require("embedding_dim", self.embedding_dim, _is_whole(self.embedding_dim), _COUNT)
         _require("num_samples", self.num_samples, _is_whole(self.num_samples), _COUNT)
         _require("beta", self.beta, _is_number(self.beta) and self.beta >= 0, "a number >= 0")
+        _require("prior", self.prior, self.prior in ("normal", "mixture"), "'normal' or 'mixture'")
+        for name in ("num_components", "num_members"):
+            _require(name, getattr(self, name), _is_whole(getattr(self, name)), _COUNT)
         for name in ("min_stddev", "input_clip"):
             value = getattr(self, name)
             _require(name, value, _is_number(value) and value > 0, "a number > 0")
         _require("background", self.background, _is_share(self.background), _SHARE)
+
+
+# What `--quality` chooses; docs/accuracy.md has what each is worth and costs.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"hidden_dims": (64, 32), "latent_dim": 8, "num_samples": 2},
+    "default": {},
+    "best": {"prior": "mixture", "num_members": 3, "num_samples": 8},
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from vae_model.statistics import TableStatistics
 from vae_model.tables import Block, MemoryTables, Tables, open_tables
 
 if TYPE_CHECKING:
-    from vae_model.training import TrainedModel
+    from vae_model.training import TrainedModel, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def fit(
     config: VAEConfig | None = None,
     training: TrainingConfig | None = None,
     *,
+    quality: str = "default",
     output: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -79,8 +80,9 @@ def fit(
 
     Args:
         data: Parquet files by path, glob, directory or URI (a list of them), or a table or DataFrame.
-        config: Of the network.
+        config: Of the network; by default that of `quality`.
         training: Of training and calibration.
+        quality: "fast", "default" or "best": what scoring may cost, see docs/accuracy.md.
         output: Directory or URI to write the bundle to.
         overwrite: Replace a bundle that is there.
         resume: Go on where an interrupted fit of the same data, configuration and output was after its last
@@ -104,7 +106,9 @@ def fit(
         TrainingError: The loss became non-finite.
         OSError: The output cannot be written.
     """
-    config, training = config or VAEConfig(), training or TrainingConfig()
+    if config and quality != "default":
+        raise ValueError("quality, config: expected one of them; VAEConfig.of_quality makes one of a quality")
+    config, training = config or VAEConfig.of_quality(quality), training or TrainingConfig()
     report = on_progress or (lambda *_: None)
     if output:
         refuse_output(output, overwrite)
@@ -130,8 +134,11 @@ def fit(
     bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
     if output and checkpoint:
+        from vae_model.training import checkpoints
+
         bundle.save(output, overwrite=overwrite)
-        files.remove(checkpoint)
+        for file in checkpoints(checkpoint, config):
+            files.remove(file)
     return bundle
 
 
@@ -209,12 +216,7 @@ class _Steps:
         stage: str,
         checkpoint: str | None = None,
     ) -> TrainedModel:
-        from vae_model.training import train  # TensorFlow: only once the data is known to be good
-
-        return train(
-            self.schema,
-            self.config,
-            self.training,
+        return self._trainer.train(
             num_rows=num_rows,
             shuffled=shuffled,
             validation=validation,
@@ -223,8 +225,16 @@ class _Steps:
             resume=self.resume,
         )
 
+    @cached_property
+    def _trainer(self) -> Trainer:
+        from vae_model.training import Trainer  # TensorFlow: only once the data is known to be good
+
+        return Trainer(self.schema, self.config, self.training)
+
     def _finish(self, trained: TrainedModel, calibration: Calibration, examples: pa.Table) -> Bundle:
         """The bundle with its calibration, its threshold and its golden rows."""
+        from vae_model.model import member_weights
+
         training = self.training
         if training.contamination is not None:
             threshold = calibration.threshold(training.contamination, "contamination")
@@ -244,7 +254,7 @@ class _Steps:
         bundle = Bundle(
             schema=self.schema,
             config=self.config,
-            weights=trained.networks.weights,
+            weights=member_weights(trained.members),
             noise=trained.scorer.noise,
             calibration=calibration,
             threshold=threshold,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,15 @@ import numpy as np
 from keras import ops
 
 from vae_model.config import VAEConfig
-from vae_model.layers import ColumnNLL, EncoderInputs, KLDivergence, LikelihoodSpec, Sampling, silu
-from vae_model.losses import kl_to_standard_normal
+from vae_model.layers import (
+    ColumnNLL,
+    EncoderInputs,
+    KLDivergence,
+    LikelihoodSpec,
+    MixtureKLDivergence,
+    Sampling,
+    silu,
+)
 from vae_model.schema import TableSchema
 
 if keras.backend.backend() != "tensorflow":
@@ -28,7 +36,7 @@ class VAE(keras.Model):
     """A functional model whose loss is the batch's mean negative ELBO: mean of Σ column_nll, plus the KL layer's term.
 
     Inputs: those of `EncodedTable`, and `noise (batch, latent_dim)`, standard normal. Outputs: `column_nll
-    (batch, features)`, `z_mean` and `z_log_var (batch, latent_dim)`.
+    (batch, features)`, `kl (batch,)`, `z_mean` and `z_log_var (batch, latent_dim)`.
     """
 
     num_replicas = 1  # devices that train it together
@@ -44,7 +52,7 @@ class VAE(keras.Model):
         # Row by row, so that a last batch of fewer rows counts for no more than its rows.
         reconstruction = ops.sum(y_pred["column_nll"], axis=-1)
         self._reconstruction_loss.update_state(reconstruction)
-        self._kl_loss.update_state(kl_to_standard_normal(y_pred["z_mean"], y_pred["z_log_var"]))
+        self._kl_loss.update_state(y_pred["kl"])
         # Plus: -ELBO = -E_q[log p(x|z)] + KL. With a minus the loss has no lower bound.
         # Divided as Keras's own losses are: gradients are summed over devices, and the loss that is told is multiplied.
         return (ops.mean(reconstruction) + sum(self.losses)) / self.num_replicas
@@ -58,6 +66,7 @@ class Networks:
     encoder: keras.Model  # inputs to [z_mean, z_log_var]
     decoder: keras.Model  # z to its last hidden layer
     likelihood: ColumnNLL
+    kl: KLDivergence | MixtureKLDivergence
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -110,11 +119,49 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
     decoder = keras.Model(z_input, hidden, name="decoder")
 
     likelihood = ColumnNLL(spec, name="likelihood")
-    z_mean, z_log_var = KLDivergence(config.beta, name="kl")([z_mean, z_log_var])
     noise = keras.Input((latent_dim,), name="noise")
+    kl_layer: KLDivergence | MixtureKLDivergence
+    if config.prior == "normal":
+        kl_layer = KLDivergence(config.beta, name="kl")
+        z_mean, z_log_var = kl_layer([z_mean, z_log_var])
+        kl = kl_layer.divergence(z_mean, z_log_var)
     z = Sampling(name="sampling")([z_mean, z_log_var, noise])
-    outputs = {"column_nll": likelihood(decoder(z), inputs), "z_mean": z_mean, "z_log_var": z_log_var}
-    return Networks(VAE({**inputs, "noise": noise}, outputs, name="vae"), encoder, decoder, likelihood)
+    if config.prior == "mixture":
+        kl_layer = MixtureKLDivergence(config.num_components, config.beta, seed, name="kl")
+        kl = kl_layer([z_mean, z_log_var, z])
+    outputs = {"column_nll": likelihood(decoder(z), inputs), "kl": kl, "z_mean": z_mean, "z_log_var": z_log_var}
+    vae = VAE({**inputs, "noise": noise}, outputs, name="vae")
+    return Networks(vae, encoder, decoder, likelihood, kl_layer)
+
+
+def build_members(schema: TableSchema, config: VAEConfig, weights: dict[str, np.ndarray]) -> list[Networks]:
+    """The networks of a trained model, one for each member, see `member_weights`.
+
+    Raises:
+        ValueError: A weight is absent, left over, or of another shape.
+    """
+    members = []
+    for prefix in _prefixes(config.num_members):
+        mine = {path.removeprefix(prefix): value for path, value in weights.items() if path.startswith(prefix)}
+        members.append(build_vae(schema, config))
+        members[-1].load_weights(mine)
+    if left_over := sorted(set(weights) - set(member_weights(members))):
+        raise ValueError(f"weights: expected those of {len(members)} members, got also {', '.join(left_over[:3])}")
+    return members
+
+
+def member_weights(members: Sequence[Networks]) -> dict[str, np.ndarray]:
+    """The weights of all members by path, which begins with the number of the member where there are several."""
+    prefixes = _prefixes(len(members))
+    return {
+        f"{prefix}{path}": value
+        for prefix, member in zip(prefixes, members, strict=True)
+        for path, value in member.weights.items()
+    }
+
+
+def _prefixes(num_members: int) -> list[str]:
+    return [f"{i}/" for i in range(num_members)] if num_members > 1 else [""]
 
 
 def _inputs(schema: TableSchema, config: VAEConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from vae_model.losses import kl_to_standard_normal
 from vae_model.model import Networks
 
 MAX_BATCH_ROWS = 8192
@@ -23,7 +23,7 @@ class Scores:
 
     Args:
         column_nll: `(n, features)` float32, E_q[-log p(x_j|z)] of every feature.
-        kl: `(n,)` float32, KL(q(z|x) || N(0, I)).
+        kl: `(n,)` float32, KL(q(z|x) || p(z)); from the draws of the score where the prior is a mixture.
     """
 
     column_nll: np.ndarray
@@ -36,16 +36,16 @@ class Scores:
 
 
 class ElboScorer:
-    """Negative ELBO with fixed noise.
+    """Negative ELBO with fixed noise, the mean of those of all members.
 
     Args:
-        networks: The trained model.
+        members: The trained networks, of one schema and configuration.
         noise: `(samples, latent_dim)`, drawn once at training time and kept in the bundle. Every row
             uses the same draws, so that its score depends on nothing but the row.
     """
 
-    def __init__(self, networks: Networks, noise: np.ndarray) -> None:
-        self._networks, self.noise = networks, noise
+    def __init__(self, members: Sequence[Networks], noise: np.ndarray) -> None:
+        self._members, self.noise = members, noise
 
     def score(self, inputs: dict[str, np.ndarray]) -> Scores:
         """Scores encoded rows, see `EncodedTable.inputs`."""
@@ -53,12 +53,12 @@ class ElboScorer:
         return Scores(column_nll, kl)
 
     def latents(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """`z_mean` and `z_log_var (n, latent_dim)` of encoded rows."""
+        """`z_mean` and `z_log_var (n, latent_dim)` of encoded rows, by the first member."""
         z_mean, z_log_var = _in_batches(self._latents, inputs, self._batch_rows)
         return z_mean, z_log_var
 
     def expect(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the decoder expects of encoded rows, at `z = z_mean`: the likelihoods' parameters by head.
+        """What the decoders expect of encoded rows, at `z = z_mean`: the mean of the likelihoods' parameters by head.
 
         `classes (n, learned categories)` are the likeliest ones.
         """
@@ -67,13 +67,14 @@ class ElboScorer:
 
     @property
     def number_stddev(self) -> np.ndarray:
-        """`(views * numeric,)` standard deviation of each encoded number."""
-        return np.exp(0.5 * np.asarray(self._networks.likelihood.number_log_var()))
+        """`(views * numeric,)` standard deviation of each encoded number, the members' root mean square."""
+        log_vars = np.array([member.likelihood.number_log_var() for member in self._members])
+        return np.sqrt(np.exp(log_vars).mean(axis=0))
 
     @cached_property
     def _batch_rows(self) -> int:
         """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
-        likelihood = self._networks.likelihood
+        likelihood = self._members[0].likelihood
         width = max(sum(likelihood.heads.values()), likelihood.spec.num_features)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
@@ -85,7 +86,7 @@ class ElboScorer:
 
     @cached_property
     def _latents(self) -> Any:
-        return self._compile(lambda inputs: tuple(self._networks.encoder(inputs, training=False)))
+        return self._compile(lambda inputs: tuple(self._members[0].encoder(inputs, training=False)))
 
     @cached_property
     def _heads(self) -> Any:
@@ -94,33 +95,41 @@ class ElboScorer:
     def _compile(self, function: Any) -> Any:
         signature = {
             tensor.name: tf.TensorSpec((None, tensor.shape[-1]), tensor.dtype)
-            for tensor in self._networks.encoder.inputs
+            for tensor in self._members[0].encoder.inputs
         }
         return tf.function(function, input_signature=[signature], autograph=False).get_concrete_function()
 
     def _elbo_terms_eagerly(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        networks = self._networks
-        z_mean, z_log_var = networks.encoder(inputs, training=False)
-        stddev = ops.exp(0.5 * z_log_var)
-        draws = [
-            networks.likelihood(networks.decoder(z_mean + stddev * eps, training=False), inputs) for eps in self.noise
-        ]
-        return sum(draws[1:], draws[0]) / len(draws), kl_to_standard_normal(z_mean, z_log_var)
+        column_nll, kl = [], []
+        for member in self._members:
+            z_mean, z_log_var = member.encoder(inputs, training=False)
+            stddev = ops.exp(0.5 * z_log_var)
+            draws = [z_mean + stddev * eps for eps in self.noise]
+            column_nll += [member.likelihood(member.decoder(z, training=False), inputs) for z in draws]
+            kl.append(member.kl.divergence(z_mean, z_log_var, draws))
+        return _mean(column_nll), _mean(kl)
 
     def _head_names(self) -> list[str]:
-        heads = [name for name in self._networks.likelihood.heads if name != "logits"]
-        return heads + (["classes"] if "logits" in self._networks.likelihood.heads else [])
+        names = self._members[0].likelihood.heads
+        return ["classes" if name == "logits" else name for name in names]
 
     def _heads_eagerly(self, inputs: dict[str, Any]) -> list[Any]:
-        z_mean, _ = self._networks.encoder(inputs, training=False)
-        likelihood = self._networks.likelihood
-        heads = likelihood.decode(self._networks.decoder(z_mean, training=False))
+        decoded = []
+        for member in self._members:
+            z_mean, _ = member.encoder(inputs, training=False)
+            decoded.append(member.likelihood.decode(member.decoder(z_mean, training=False)))
+        heads = {name: _mean([each[name] for each in decoded]) for name in decoded[0]}
+        likelihood = self._members[0].likelihood
         if "logits" in heads:
             groups = likelihood.category_logits(heads.pop("logits"))
             order = np.argsort([member for members, _ in groups for member in members])
             classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
             heads["classes"] = ops.take(classes, order, axis=1)
         return [heads[name] for name in sorted(heads)]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    return sum(values[1:], values[0]) / len(values)
 
 
 def _in_batches(function: Any, inputs: dict[str, np.ndarray], max_rows: int) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from vae_model.scoring import ElboScorer, draw_noise
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
+_SEED_STRIDE = 1_000_003  # between the members of one model, so that those of two seeds differ
 _ACTIVE_VARIANCE = 0.01  # of z_mean over rows: a unit that moves less carries nothing (Burda et al., 2016)
 
 
@@ -37,106 +38,174 @@ class TrainedModel:
     """Trained networks and how they came about.
 
     Args:
-        networks: With the best weights found.
+        members: Each with the best weights found for it.
         scorer: Of these networks, with the noise of the score.
-        history: One entry per validation: step, beta, loss, reconstruction_loss, kl_loss, val_...
-        summary: Steps, the best validation loss and its parts, KL per latent, active units.
+        history: One entry per validation of the first member: step, beta, loss, reconstruction_loss, kl_loss, val_...
+        summary: Steps, the best validation loss and its parts, KL per latent, active units; of the first member.
+            `val_losses` holds the best of every member.
     """
 
-    networks: Networks
+    members: list[Networks]
     scorer: ElboScorer
     history: list[dict[str, float]]
     summary: dict[str, Any]
 
 
-def train(
-    schema: TableSchema,
-    config: VAEConfig,
-    training: TrainingConfig,
-    *,
-    num_rows: int,
-    shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
-    validation: Arrays,
-    on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
-    checkpoint: str | None = None,
-    resume: bool = False,
-) -> TrainedModel:
-    """Trains a VAE on encoded rows, keeping the weights with the least validation loss.
+class Trainer:
+    """Trains models of one schema and configuration, any number of times: their graph is compiled once.
 
     Args:
         schema: Of the rows.
         config: Of the network.
         training: Of the optimisation.
-        num_rows: Training rows.
-        shuffled: One pass over the training rows, in blocks of shuffled rows.
-        validation: Held-out rows.
-        on_progress: Told the steps done, the steps at most, and the losses.
-        checkpoint: File or URI that holds the state of training after each validation.
-        resume: Go on from the checkpoint, if there is one: the weights become those of a run without
-            interruption.
-
-    Raises:
-        TrainingError: The loss is no longer finite.
-        ValueError: The checkpoint is of another training.
     """
-    keras.utils.set_random_seed(training.seed)
-    strategy = _strategy(training.strategy)
-    with strategy.scope(), _dtype_policy(training.precision):
-        networks = build_vae(schema, config, seed=training.seed)
-    max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
-    batch_size = min(training.batch_size, num_rows)
-    num_replicas = strategy.num_replicas_in_sync
-    batch_size -= batch_size % num_replicas
-    networks.vae.num_replicas = num_replicas
-    # About 25 validations, each after whole executions of several steps.
-    steps_per_execution = min(50, max(1, max_steps // 25))
-    executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
-    max_steps -= max_steps % (steps_per_execution * executions_per_validation)
-    schedule = keras.optimizers.schedules.CosineDecay(training.learning_rate, max_steps, alpha=0.02)
-    with strategy.scope():
-        networks.vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
-        networks.vae.optimizer.build(networks.vae.trainable_variables)  # a compiled graph makes no variables
-    # Validates and scores: in float32, and on one device, as every model that is loaded.
-    plain = networks
-    if num_replicas > 1 or training.precision != "float32":
-        plain = build_vae(schema, config, seed=training.seed)
-        plain.vae.compile(jit_compile=False)
-    watch = _Watch(networks, config.beta, int(training.kl_warmup * max_steps), training.patience, max_steps)
-    identity = {"schema": schema.to_json(), "config": config.to_json(), "training": training.to_json()}
-    state = Checkpoint(checkpoint, identity | {"num_rows": num_rows}) if checkpoint else None
-    if resume and state:
-        watch.load(state)
-    rows = _executions(shuffled, num_rows, steps_per_execution, batch_size, training.seed, networks, first=watch.step)
-    executions = iter(rows)
-    if num_replicas == 1:
-        advance = _compile_steps(networks.vae, networks.vae.get_layer("kl").weight)
-    else:
-        advance = _mirror_steps(networks.vae, networks.vae.get_layer("kl").weight, strategy)
-    # The same noise every time: validations differ by their weights alone.
-    noise = _noise(len(validation["present"]), networks, [training.seed])
-    held_out = tf.data.Dataset.from_tensor_slices(validation | {"noise": noise}).batch(4096)
-    while watch.goes_on:
-        networks.vae.reset_metrics()
-        for _ in range(executions_per_validation):
-            advance(next(executions), watch.betas(steps_per_execution))
-            losses = {name: float(value) for name, value in networks.vae.get_metrics_result().items()}
-            watch.see(losses)
-            if on_progress:
+
+    def __init__(self, schema: TableSchema, config: VAEConfig, training: TrainingConfig) -> None:
+        self._schema, self._config, self._training = schema, config, training
+        self._strategy = _strategy(training.strategy)
+        with self._strategy.scope(), _dtype_policy(training.precision):
+            self._networks = build_vae(schema, config, seed=training.seed)
+        self._networks.vae.num_replicas = self._strategy.num_replicas_in_sync
+        self._compiled_steps = 0
+        self._advance: Any = None
+
+    def train(
+        self,
+        *,
+        num_rows: int,
+        shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
+        validation: Arrays,
+        on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
+        checkpoint: str | None = None,
+        resume: bool = False,
+    ) -> TrainedModel:
+        """Trains on encoded rows, keeping the weights with the least validation loss.
+
+        Args:
+            num_rows: Training rows.
+            shuffled: One pass over the training rows, in blocks of shuffled rows.
+            validation: Held-out rows.
+            on_progress: Told the steps done, the steps at most, of all members, and the losses.
+            checkpoint: File or URI that holds the state of training after each validation; those of further members
+                end in their numbers.
+            resume: Go on from the checkpoints, if there are any: the weights become those of a run without
+                interruption.
+
+        Raises:
+            TrainingError: The loss is no longer finite.
+            ValueError: A checkpoint is of another training.
+        """
+        config, training = self._config, self._training
+        members, watches = [], []
+        for number in range(config.num_members):
+            seed = training.seed + number * _SEED_STRIDE
+            state = None
+            if checkpoint:
+                identity: dict[str, Any] = {
+                    "schema": self._schema.to_json(),
+                    "config": config.to_json(),
+                    "training": training.to_json(),
+                    "num_rows": num_rows,
+                    "member": number,
+                }
+                state = Checkpoint(checkpoints(checkpoint, config)[number], identity)
+
+            def report(done: int, total: int, losses: dict[str, float], before: int = number) -> None:
+                if on_progress:
+                    on_progress(before * total + done, config.num_members * total, losses)
+
+            watch, networks = self._train_member(seed, num_rows, shuffled, validation, report, state, resume)
+            watches.append(watch)
+            members.append(networks)
+        latent_dim = members[0].encoder.outputs[0].shape[-1]
+        scorer = ElboScorer(members, draw_noise(config.num_samples, latent_dim, training.seed))
+        summary = {
+            "max_steps": watches[0].max_steps,
+            "batch_size": self._batch_size(num_rows),
+            "num_training_rows": num_rows,
+            **watches[0].summary(),
+            "val_losses": [watch.summary()["val_loss"] for watch in watches],
+            **_posterior(scorer, validation),
+        }
+        return TrainedModel(members, scorer, watches[0].history, summary)
+
+    def _batch_size(self, num_rows: int) -> int:
+        batch_size = min(self._training.batch_size, num_rows)
+        return batch_size - batch_size % self._strategy.num_replicas_in_sync
+
+    def _train_member(
+        self,
+        seed: int,
+        num_rows: int,
+        shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
+        validation: Arrays,
+        on_progress: Callable[[int, int, dict[str, float]], None],
+        state: Checkpoint | None,
+        resume: bool,
+    ) -> tuple[_Watch, Networks]:
+        """How training went, and networks of their own with the best weights."""
+        training, networks = self._training, self._networks
+        keras.utils.set_random_seed(seed)
+        # Validates where the trained ones are not plain, and scores: in float32, on one device, as any that is loaded.
+        plain = build_vae(self._schema, self._config, seed=seed)
+        networks.load_weights(plain.weights)
+        batch_size = self._batch_size(num_rows)
+        max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
+        # About 25 validations, each after whole executions of several steps.
+        steps_per_execution = min(50, max(1, max_steps // 25))
+        executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
+        max_steps -= max_steps % (steps_per_execution * executions_per_validation)
+        self._prepare(max_steps)
+        validated = networks
+        if self._strategy.num_replicas_in_sync > 1 or training.precision != "float32":
+            validated = plain
+            plain.vae.compile(jit_compile=False)
+        beta = self._config.beta
+        watch = _Watch(networks, beta, int(training.kl_warmup * max_steps), training.patience, max_steps)
+        if resume and state:
+            watch.load(state)
+        executions = iter(_executions(shuffled, num_rows, steps_per_execution, batch_size, seed, networks, watch.step))
+        # The same noise every time: validations differ by their weights alone.
+        noise = _noise(len(validation["present"]), networks, [seed])
+        held_out = tf.data.Dataset.from_tensor_slices(validation | {"noise": noise}).batch(4096)
+        while watch.goes_on:
+            networks.vae.reset_metrics()
+            for _ in range(executions_per_validation):
+                self._advance(next(executions), watch.betas(steps_per_execution))
+                losses = {name: float(value) for name, value in networks.vae.get_metrics_result().items()}
+                watch.see(losses)
                 on_progress(watch.step, max_steps, losses)
-        if plain is not networks:
-            plain.load_weights(networks.weights)
-        found = plain.vae.evaluate(held_out, verbose=0, return_dict=True)
-        watch.validated(losses | {f"val_{name}": float(value) for name, value in found.items()})
-        if state:
-            state.save(*watch.state())
-    watch.restore()
-    if plain is not networks:
+            if validated is plain:
+                plain.load_weights(networks.weights)
+            found = validated.vae.evaluate(held_out, verbose=0, return_dict=True)
+            watch.validated(losses | {f"val_{name}": float(value) for name, value in found.items()})
+            if state:
+                state.save(*watch.state())
+        watch.restore()
         plain.load_weights(networks.weights)
-    latent_dim = plain.encoder.outputs[0].shape[-1]
-    scorer = ElboScorer(plain, draw_noise(config.num_samples, latent_dim, training.seed))
-    summary = {"max_steps": max_steps, "batch_size": batch_size, "num_training_rows": num_rows, **watch.summary()}
-    summary |= _posterior(scorer, validation)
-    return TrainedModel(plain, scorer, watch.history, summary)
+        return watch, plain
+
+    def _prepare(self, max_steps: int) -> None:
+        """A new optimizer's state; its graph is another one where its schedule is."""
+        vae = self._networks.vae
+        if max_steps == self._compiled_steps:
+            for variable in vae.optimizer.variables:
+                variable.assign(np.zeros(variable.shape, variable.dtype))
+            return
+        self._compiled_steps = max_steps
+        schedule = keras.optimizers.schedules.CosineDecay(self._training.learning_rate, max_steps, alpha=0.02)
+        with self._strategy.scope():
+            vae.compile(keras.optimizers.Adam(schedule, global_clipnorm=10.0), jit_compile=False)
+            vae.optimizer.build(vae.trainable_variables)  # a compiled graph makes no variables
+        if self._strategy.num_replicas_in_sync == 1:
+            self._advance = _compile_steps(vae, self._networks.kl.weight)
+        else:
+            self._advance = _mirror_steps(vae, self._networks.kl.weight, self._strategy)
+
+
+def checkpoints(checkpoint: str, config: VAEConfig) -> list[str]:
+    """The files of the members' states."""
+    return [checkpoint, *(f"{checkpoint}-{number}" for number in range(1, config.num_members))]
 
 
 def default_steps(num_rows: int, batch_size: int) -> int:
@@ -257,9 +326,9 @@ class _Watch:
     def __init__(
         self, networks: Networks, beta: float, warmup_steps: int, patience: int | None, max_steps: int
     ) -> None:
-        self._vae, self._beta_weight = networks.vae, networks.vae.get_layer("kl").weight
+        self._vae, self._beta_weight = networks.vae, networks.kl.weight
         self._beta, self._warmup_steps, self._patience = beta, warmup_steps, patience
-        self._max_steps = max_steps
+        self.max_steps = max_steps
         self.step = 0
         self._best_loss, self._best_step = math.inf, 0
         self._best: list[np.ndarray] | None = None
@@ -269,7 +338,7 @@ class _Watch:
     @property
     def goes_on(self) -> bool:
         """Whether there are steps left, and patience allows them."""
-        return self.step < self._max_steps and (self._patience is None or self._worse < self._patience)
+        return self.step < self.max_steps and (self._patience is None or self._worse < self._patience)
 
     def betas(self, num_steps: int) -> np.ndarray:
         """The KL term's weight in each of the next steps."""
@@ -350,7 +419,7 @@ class _Watch:
         return {
             "steps": self.step,
             "best_step": int(best["step"]),
-            "stopped_early": self.step < self._max_steps,
+            "stopped_early": self.step < self.max_steps,
             **{key: best[key] for key in keys},
         }
 
