@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy [--out CSV]     # prints what the file has
 
 Every file `DIR/*.parquet` has a column `label`, 1 for an anomaly; no detector sees it. Ours are `vae_model.fit` and
-`Bundle.score` with nothing but a seed and, for `fast` and `best`, the quality. Every run is a line of the CSV file,
+`Bundle.score` with nothing but a seed and a quality. Every run is a line of the CSV file,
 appended once it is done; a second start does only what is missing. The figures of the paper that `--published` names
 (CSV files `*aucroc*` and `*aucpr*`, a line per data set and a column per method, in %) are printed where the protocol
 is its own: `dte`. Needs scikit-learn, and pyod with torch; methods whose libraries are absent are left out.
@@ -58,8 +58,7 @@ def fit_ours(quality: str, seed: int, train: pa.Table) -> Bundle:
     """The public fit with its defaults."""
     from vae_model import TrainingConfig, fit
 
-    chosen: dict[str, Any] = {} if quality == "default" else {"quality": quality}
-    return fit(train, training=TrainingConfig(seed=seed), **chosen)
+    return fit(train, training=TrainingConfig(seed=seed), quality=quality)
 
 
 def ours(quality: str, seed: int, train: pa.Table) -> Fitted:
