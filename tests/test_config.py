@@ -36,6 +36,9 @@ BAD = [
     (VAEConfig, "background", 1, "a number in (0, 1), got 1"),
     (VAEConfig, "num_samples", 0, "a whole number > 0, got 0"),
     (VAEConfig, "num_samples", True, "a whole number > 0, got True"),
+    (VAEConfig, "prior", "uniform", "'normal' or 'mixture', got 'uniform'"),
+    (VAEConfig, "num_components", 0, "a whole number > 0, got 0"),
+    (VAEConfig, "num_members", 1.5, "a whole number > 0, got 1.5"),
     (TrainingConfig, "max_steps", 0, "a whole number > 0, got 0"),
     (TrainingConfig, "batch_size", 0.5, "a whole number > 0, got 0.5"),
     (TrainingConfig, "batch_size", None, "a whole number > 0, got None"),
@@ -51,6 +54,15 @@ BAD = [
     (TrainingConfig, "seed", -1, "a whole number >= 0, got -1"),
     (TrainingConfig, "seed", None, "a whole number >= 0, got None"),
 ]
+
+
+def test_a_quality_is_a_configuration_with_some_values_changed():
+    assert VAEConfig.of_quality("default") == VAEConfig.of_quality() == VAEConfig()
+    best = VAEConfig.of_quality("best", num_members=2)
+    assert (best.prior, best.num_members) == ("mixture", 2)
+    assert VAEConfig.of_quality("fast").hidden_dims < VAEConfig().hidden_dims
+    with pytest.raises(ValueError, match=r"^quality: expected 'fast' or 'default' or 'best', got 'better'$"):
+        VAEConfig.of_quality("better")
 
 
 @pytest.mark.parametrize(("config", "name", "value", "complaint"), BAD, ids=lambda part: str(part)[:30])

@@ -9,8 +9,10 @@ from scipy import integrate, special, stats
 from vae_model.losses import (
     bernoulli_nll,
     gaussian_nll,
+    kl_to_mixture,
     kl_to_standard_normal,
     log_bessel_i0,
+    mixture_log_density,
     robust_gaussian_nll,
     robust_von_mises_nll,
 )
@@ -62,6 +64,48 @@ def test_kl_keeps_its_digits_near_the_prior_in_float32():
     log_var = np.full((1, 1), 1e-3, np.float32)
     exact = 0.5 * (math.expm1(float(log_var[0, 0])) - float(log_var[0, 0]))  # about 2.5e-7
     assert float(kl_to_standard_normal(np.zeros_like(log_var), log_var)[0]) == pytest.approx(exact, rel=1e-3)
+
+
+def some_mixture(rng, num_components=3, latent_dim=2):
+    weights = np.log(rng.dirichlet(np.ones(num_components)))
+    return rng.normal(size=(num_components, latent_dim)), rng.normal(size=(num_components, latent_dim)), weights
+
+
+def test_a_mixtures_log_density_is_scipys():
+    rng = np.random.default_rng(2)
+    means, log_vars, weights = some_mixture(rng)
+    z = 3 * rng.normal(size=(20, 2))
+    components = [stats.multivariate_normal(m, np.diag(np.exp(v))) for m, v in zip(means, log_vars, strict=True)]
+    expected = special.logsumexp([w + c.logpdf(z) for w, c in zip(weights, components, strict=True)], axis=0)
+    np.testing.assert_allclose(mixture_log_density(z, means, log_vars, weights), expected, rtol=1e-10)
+
+
+def test_kl_to_a_mixture_is_the_integral_that_defines_it():
+    rng = np.random.default_rng(3)
+    mixture = some_mixture(rng, latent_dim=1)
+    q = stats.norm(0.4, math.exp(-0.3))
+
+    def p(z):
+        logs = stats.norm.logpdf(z, mixture[0][:, 0], np.exp(0.5 * mixture[1][:, 0]))
+        return special.logsumexp(mixture[2] + logs)
+
+    low, high = q.ppf([1e-13, 1 - 1e-13])
+    expected, _ = integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p(z)), low, high, limit=200)
+    # Quantiles at equal distances in probability: a quadrature of E_q, a node per row.
+    z = q.ppf((np.arange(20_000) + 0.5) / 20_000)[:, None]
+    kl = kl_to_mixture(np.full_like(z, 0.4), np.full_like(z, -0.6), [z], mixture)
+    # The entropy of q is closed; E_q[log q] of these nodes misses a little of the tails.
+    assert float(np.mean(kl)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_kl_to_a_mixture_of_one_standard_normal_is_the_closed_one_on_average():
+    rng = np.random.default_rng(4)
+    mean, log_var = np.array([[0.5, -1.0, 2.0]]), np.array([[0.2, -0.7, 0.0]])
+    rows = np.ones((20_000, 1))
+    draws = [mean + np.exp(0.5 * log_var) * rng.normal(size=(20_000, 3)) for _ in range(2)]
+    one = np.zeros((1, 3)), np.zeros((1, 3)), np.zeros(1)
+    kl = np.asarray(kl_to_mixture(rows * mean, rows * log_var, draws, one))
+    assert kl.mean() == pytest.approx(float(kl_to_standard_normal(mean, log_var)[0]), abs=5 * kl.std() / 141)
 
 
 def test_kl_is_never_negative_in_float32():

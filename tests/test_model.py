@@ -1,12 +1,14 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from vae_model.config import VAEConfig
 from vae_model.encoding import encode
-from vae_model.model import build_vae
+from vae_model.model import build_members, build_vae, member_weights
 from vae_model.schema import choose_kinds, infer_schema
 from vae_model.scoring import ElboScorer
 from vae_model.statistics import TableStatistics
@@ -63,6 +65,57 @@ def test_at_beta_one_and_one_noise_the_loss_is_the_mean_score():
         scores.append(scorer.score(some(inputs, slice(row, row + 1))).score[0])
     assert networks.vae.metrics_names[0] == "loss"
     assert loss[0] == pytest.approx(np.mean(scores), rel=1e-5)
+
+
+def test_the_score_under_a_learned_prior_is_minus_the_elbo_of_its_draws():
+    networks, inputs = mixed_model(dataclasses.replace(CONFIG, prior="mixture", num_components=5))
+    rng = np.random.default_rng(4)
+    networks.kl.means.assign(2 * rng.normal(size=(5, 2)))
+    networks.kl.log_vars.assign(rng.normal(size=(5, 2)))
+    networks.kl.logits.assign(rng.normal(size=5))
+    noise = rng.standard_normal((3, 2)).astype(np.float32)
+    scores = ElboScorer([networks], noise).score(inputs)
+    z_mean, z_log_var = (np.float64(part) for part in networks.encoder.predict(inputs, verbose=0))
+    stddev = np.exp(0.5 * z_log_var)
+    weights = special.log_softmax(np.asarray(networks.kl.logits))
+    kl = []
+    for eps in noise:
+        z = z_mean + stddev * eps
+        log_p = [
+            w + stats.norm.logpdf(z, m, np.exp(0.5 * v)).sum(axis=1)
+            for w, m, v in zip(weights, *map(np.asarray, (networks.kl.means, networks.kl.log_vars)), strict=True)
+        ]
+        kl.append(-special.logsumexp(log_p, axis=0))
+    kl = np.mean(kl, axis=0) - stats.norm(z_mean, stddev).entropy().sum(axis=1)
+    np.testing.assert_allclose(scores.kl, kl, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.score, scores.column_nll.sum(axis=1) + scores.kl, rtol=1e-6)
+
+
+def test_the_score_of_several_members_is_the_mean_of_theirs():
+    (one, inputs), (other, _) = mixed_model(seed=3), mixed_model(seed=4)
+    noise = np.random.default_rng(0).standard_normal((2, 2)).astype(np.float32)
+    alone = [ElboScorer([member], noise) for member in (one, other)]
+    both = ElboScorer([one, other], noise)
+    scores, expected = both.score(inputs), [scorer.score(inputs) for scorer in alone]
+    assert not np.allclose(expected[0].score, expected[1].score, atol=1e-3)
+    for name in ("column_nll", "kl", "score"):
+        mean = np.mean([getattr(terms, name) for terms in expected], axis=0)
+        np.testing.assert_allclose(getattr(scores, name), mean, rtol=1e-5, atol=1e-5)
+    heads = [scorer.expect(inputs) for scorer in alone]
+    np.testing.assert_allclose(both.expect(inputs)["mean"], (heads[0]["mean"] + heads[1]["mean"]) / 2, atol=1e-5)
+
+
+def test_members_weights_come_back_by_their_numbers():
+    config = dataclasses.replace(CONFIG, num_members=2)
+    members = [mixed_model(seed=seed)[0] for seed in (3, 4)]
+    weights, schema = member_weights(members), schema_of(mixed_table())
+    for member, again in zip(members, build_members(schema, config, weights), strict=True):
+        assert member.weights.keys() == again.weights.keys()
+        assert all(np.array_equal(value, again.weights[path]) for path, value in member.weights.items())
+    with pytest.raises(ValueError, match="are in one only"):
+        build_members(schema, config, {path: value for path, value in weights.items() if path != "1/z_mean/bias"})
+    with pytest.raises(ValueError, match="of 2 members, got also 2/z_mean/bias"):
+        build_members(schema, config, weights | {"2/z_mean/bias": np.zeros(2)})
 
 
 def test_the_kl_moves_the_loss_by_beta_times_its_mean():

@@ -1,9 +1,11 @@
+import dataclasses
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,7 +35,7 @@ class Killed(BaseException):
     """Stands for the end of the process, where nothing more is run."""
 
 
-def fit_until(table, output, step: int, training: TrainingConfig) -> None:
+def fit_until(table, output, step: int, training: TrainingConfig, config: VAEConfig = CONFIG) -> None:
     """Fits, and dies at a step."""
 
     def die(stage: str, done: int, total: int, losses: dict[str, float]) -> None:
@@ -41,7 +43,7 @@ def fit_until(table, output, step: int, training: TrainingConfig) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        fit(table, CONFIG, training, output=output, on_progress=die)
+        fit(table, config, training, output=output, on_progress=die)
 
 
 @pytest.mark.parametrize("step", [40, 130, 390])
@@ -61,6 +63,33 @@ def test_a_resumed_fit_ends_with_the_same_bundle(step, table, whole, tmp_path):
     assert resumed.model_version == whole.model_version
     assert resumed.history == whole.history
     assert not Path(f"{output}.checkpoint").exists()
+
+
+def test_a_resumed_fit_of_several_members_ends_with_the_same_bundle(table, tmp_path):
+    # Killed in the second member's training, under a learned prior.
+    config = dataclasses.replace(CONFIG, prior="mixture", num_components=8, num_members=2)
+    output, training = str(tmp_path / "bundle"), steps(200)
+    fit_until(table, output, 300, training, config)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle.checkpoint", "bundle.checkpoint-1"}
+    resumed_from = []
+    resumed = fit(
+        table,
+        config,
+        training,
+        output=output,
+        resume=True,
+        on_progress=lambda stage, done, total, losses: resumed_from.append((done, total)) if losses else None,
+    )
+    assert 280 < resumed_from[0][0] <= 320
+    assert {total for _, total in resumed_from} == {400}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    whole = fit(table, config, training)
+    assert resumed.model_version == whole.model_version
+    assert len(set(whole.card["training"]["val_losses"])) == 2
+    loaded = load_bundle(output)
+    loaded.verify()
+    scores = loaded.score(table, reasons=2).column("anomaly_score").to_numpy()
+    np.testing.assert_allclose(scores, loaded.terms(table).sum(axis=1), rtol=1e-5, atol=1e-4)
 
 
 def test_a_resumed_fit_of_a_streamed_table_ends_with_the_same_bundle(make_table, tmp_path):

@@ -54,7 +54,7 @@ def report(bundle: Bundle) -> str:
         _curves(bundle.history),
         "<h2>Scores of calibration rows, nats</h2>",
         _histogram(bundle.calibration.scores, bundle.threshold.value),
-        "<h2>KL of each latent, nats</h2>",
+        "<h2>KL of each latent to N(0, 1), nats</h2>",
         _table(("latent", "KL"), ((str(i + 1), f"{value:.3f}") for i, value in enumerate(latents))),
         "<h2>Columns</h2>",
         _table(("name", "kind", "missing", "what is known"), columns),
