@@ -41,7 +41,6 @@ BAD = [
     (VAEConfig, "num_members", 1.5, "a whole number > 0, got 1.5"),
     (TrainingConfig, "max_steps", 0, "a whole number > 0, got 0"),
     (TrainingConfig, "batch_size", 0.5, "a whole number > 0, got 0.5"),
-    (TrainingConfig, "batch_size", None, "a whole number > 0, got None"),
     (TrainingConfig, "learning_rate", 0, "a number > 0, got 0"),
     (TrainingConfig, "learning_rate", math.inf, "a number > 0, got inf"),
     (TrainingConfig, "kl_warmup", 1, "a number in [0, 1), got 1"),

@@ -15,7 +15,7 @@ from vae_model.model import Networks, build_vae
 from vae_model.schema import TableSchema, choose_kinds, infer_schema
 from vae_model.scoring import ElboScorer, draw_noise
 from vae_model.statistics import TableStatistics
-from vae_model.training import TrainedModel, Trainer, TrainingError, _executions, default_steps
+from vae_model.training import TrainedModel, Trainer, TrainingError, _executions, default_batch_size, default_steps
 
 CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, num_samples=2)
 NUM_TRAIN = 1000
@@ -212,6 +212,7 @@ def test_the_default_number_of_steps_follows_the_rows():
     assert default_steps(100, 256) == 2000
     assert default_steps(40_000, 256) == 3906
     assert default_steps(10**8, 256) == 6000
+    assert [default_batch_size(n) for n in (1, 4095, 4096, 8191, 8192, 10**8)] == [64, 64, 128, 128, 256, 256]
 
 
 # ---- the posterior ---------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def _add_fit(commands: Any) -> None:
         ("beta", float, "Weight of the KL term in training."),
         ("num_samples", int, "Noise draws per score."),
         ("max_steps", int, "Optimizer steps at most; by default by the number of rows."),
-        ("batch_size", int, "Rows per step."),
+        ("batch_size", int, "Rows per step; by default 64 to 256, by the number of rows."),
         ("learning_rate", float, "Adam's, at its peak."),
         ("kl_warmup", float, "Share of the steps over which the KL term fades in."),
         ("patience", int, "Validations without gain before stopping."),

@@ -125,7 +125,7 @@ class TrainingConfig(_Config):
 
     Args:
         max_steps: Optimizer steps at most; None chooses by the number of rows.
-        batch_size: Rows per step.
+        batch_size: Rows per step; None takes 64 to 256, by the number of rows.
         learning_rate: Adam's, at its peak; decays to 2 % of it over `max_steps` (cosine).
         kl_warmup: Share of `max_steps` over which beta rises from 0.
         patience: Stop after this many validations without a better loss. None never stops early.
@@ -146,7 +146,7 @@ class TrainingConfig(_Config):
     """
 
     max_steps: int | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
     learning_rate: float = 5e-3
     kl_warmup: float = 0.1
     patience: int | None = 8
@@ -164,7 +164,7 @@ class TrainingConfig(_Config):
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "patience", "buffer_mib"):
             value = getattr(self, name)
-            optional = name in ("max_steps", "patience")
+            optional = name != "buffer_mib"
             _require(name, value, (optional and value is None) or _is_whole(value), _COUNT)
         for name in ("validation_fraction", "calibration_fraction", "false_positive_rate", "contamination"):
             value = getattr(self, name)

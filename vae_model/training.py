@@ -130,7 +130,7 @@ class Trainer:
         return TrainedModel(members, scorer, watches[0].history, summary)
 
     def _batch_size(self, num_rows: int) -> int:
-        batch_size = min(self._training.batch_size, num_rows)
+        batch_size = min(self._training.batch_size or default_batch_size(num_rows), num_rows)
         return batch_size - batch_size % self._strategy.num_replicas_in_sync
 
     def _train_member(
@@ -150,7 +150,7 @@ class Trainer:
         plain = build_vae(self._schema, self._config, seed=seed)
         networks.load_weights(plain.weights)
         batch_size = self._batch_size(num_rows)
-        max_steps = training.max_steps or default_steps(num_rows, training.batch_size)
+        max_steps = training.max_steps or default_steps(num_rows, batch_size)
         # About 25 validations, each after whole executions of several steps.
         steps_per_execution = min(50, max(1, max_steps // 25))
         executions_per_validation = max(1, max_steps // 25 // steps_per_execution)
@@ -206,6 +206,14 @@ class Trainer:
 def checkpoints(checkpoint: str, config: VAEConfig) -> list[str]:
     """The files of the members' states."""
     return [checkpoint, *(f"{checkpoint}-{number}" for number in range(1, config.num_members))]
+
+
+def default_batch_size(num_rows: int) -> int:
+    """Rows per step: 64 under 4,096 rows, 128 under 8,192, then 256.
+
+    Small tables learn no more from larger batches, which take up to four times as long.
+    """
+    return int(np.clip(2 ** (num_rows.bit_length() - 6), 64, 256))
 
 
 def default_steps(num_rows: int, batch_size: int) -> int:
