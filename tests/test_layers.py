@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from vae_model.layers import ColumnNLL, EncoderInputs, KLDivergence, LikelihoodSpec, MixtureKLDivergence, Sampling
+from vae_model.layers import (
+    ColumnNLL,
+    EncoderInputs,
+    KLDivergence,
+    LikelihoodSpec,
+    MixtureKLDivergence,
+    PseudoInputs,
+    Sampling,
+)
+from vae_model.losses import kl_to_standard_normal
 
 RNG = np.random.default_rng(0)
 MEAN = RNG.normal(size=(7, 3)).astype(np.float32)
@@ -107,35 +116,39 @@ def test_kl_layers_weight_comes_back_from_a_saved_model(tmp_path):
 
 # ---- MixtureKLDivergence -----------------------------------------------------------------------
 
+COMPONENTS = [np.eye(2, 3, dtype=np.float32), np.full((2, 3), -0.5, np.float32)]
+
 
 def test_the_mixtures_layer_adds_beta_times_the_mean_divergence_to_the_loss():
-    layer = MixtureKLDivergence(5, beta=0.3)
-    divergence = np.asarray(layer([MEAN, LOG_VAR, MEAN]))
+    layer = MixtureKLDivergence(beta=0.3)
+    divergence = np.asarray(layer([MEAN, LOG_VAR, MEAN, *COMPONENTS]))
     assert divergence.shape == MEAN.shape[:1]
     assert float(layer.losses[0]) == pytest.approx(0.3 * divergence.mean(), rel=1e-6)
 
 
-def test_the_mixture_learns_where_the_rows_encodings_lie():
+def test_pseudo_inputs_learn_where_the_rows_encodings_lie():
     # In two clusters: a learned prior costs log 2 nats for the choice and little else, N(0, I) five.
     rng = np.random.default_rng(0)
     mean = np.where(rng.random((400, 1)) < 0.5, 2.0, -2.0).astype(np.float32) * np.ones((1, 2), np.float32)
     log_var = np.full((400, 2), -2.0, np.float32)
-    inputs = [keras.Input((2,)) for _ in range(3)]
-    layer = MixtureKLDivergence(8, seed=1)
-    model = keras.Model(inputs, layer(inputs))
-    model.compile(keras.optimizers.Adam(0.1))
     z = mean + np.exp(0.5 * log_var) * rng.normal(size=mean.shape).astype(np.float32)
+    inputs = [keras.Input((2,)) for _ in range(3)]
+    rows, layer = PseudoInputs(8), MixtureKLDivergence()
+    means = rows(inputs[0])
+    assert means.shape == (8, 2)
+    model = keras.Model(inputs, layer([*inputs, means, 0 * means - 2]))
+    rows.rows.assign(rng.normal(size=(8, 2)))
+    model.compile(keras.optimizers.Adam(0.1))
     model.fit([mean, log_var, z], epochs=40, batch_size=100, verbose=0)
-    learned = np.asarray(layer.divergence(mean, log_var, [z])).mean()
+    learned = np.asarray(layer([mean, log_var, z, rows.rows, np.full((8, 2), -2.0)])).mean()
     assert learned == pytest.approx(np.log(2), abs=0.15)
-    assert np.asarray(KLDivergence().divergence(mean, log_var)).mean() > 5
+    assert np.asarray(kl_to_standard_normal(mean, log_var)).mean() > 5
 
 
-def test_the_mixtures_layer_comes_back_from_its_configuration():
-    layer = MixtureKLDivergence(7, 0.3, 5, name="mine")
-    again = MixtureKLDivergence.from_config(json.loads(json.dumps(layer.get_config())))
+@pytest.mark.parametrize("layer", [MixtureKLDivergence(0.3, name="mine"), PseudoInputs(7, name="rows")])
+def test_the_mixtures_layers_come_back_from_their_configuration(layer):
+    again = type(layer).from_config(json.loads(json.dumps(layer.get_config())))
     assert again.get_config() == layer.get_config()
-    np.testing.assert_array_equal(again([MEAN, LOG_VAR, MEAN]), layer([MEAN, LOG_VAR, MEAN]))
 
 
 def test_beta_is_not_trained():

@@ -70,9 +70,13 @@ def test_at_beta_one_and_one_noise_the_loss_is_the_mean_score():
 def test_the_score_under_a_learned_prior_is_minus_the_elbo_of_its_draws():
     networks, inputs = mixed_model(dataclasses.replace(CONFIG, prior="mixture", num_components=5))
     rng = np.random.default_rng(4)
-    networks.kl.means.assign(2 * rng.normal(size=(5, 2)))
-    networks.kl.log_vars.assign(rng.normal(size=(5, 2)))
+    networks.prior.start(some(inputs, slice(0, 3)), seed=0)  # fewer rows than components: some begin alike
     networks.kl.logits.assign(rng.normal(size=5))
+    means, log_vars = (np.float64(part) for part in networks.encoder.predict(some(inputs, slice(0, 3)), verbose=0))
+    found = [np.asarray(part) for part in networks.prior.components()]
+    np.testing.assert_allclose(found[0], means[[0, 1, 2, 0, 1]], atol=0.05)  # rows, 0.01 apart, and so their encodings
+    np.testing.assert_allclose(found[1], log_vars[[0, 1, 2, 0, 1]], atol=0.05)
+    assert not np.allclose(found[0][0], found[0][3], atol=1e-6)
     noise = rng.standard_normal((3, 2)).astype(np.float32)
     scores = ElboScorer([networks], noise).score(inputs)
     z_mean, z_log_var = (np.float64(part) for part in networks.encoder.predict(inputs, verbose=0))
@@ -83,7 +87,7 @@ def test_the_score_under_a_learned_prior_is_minus_the_elbo_of_its_draws():
         z = z_mean + stddev * eps
         log_p = [
             w + stats.norm.logpdf(z, m, np.exp(0.5 * v)).sum(axis=1)
-            for w, m, v in zip(weights, *map(np.asarray, (networks.kl.means, networks.kl.log_vars)), strict=True)
+            for w, m, v in zip(weights, *found[:2], strict=True)
         ]
         kl.append(-special.logsumexp(log_p, axis=0))
     kl = np.mean(kl, axis=0) - stats.norm(z_mean, stddev).entropy().sum(axis=1)

@@ -62,7 +62,7 @@ class VAEConfig(_Config):
             change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
             are drawn in antithetic pairs.
-        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of Gaussians learned with the rest.
+        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of the encodings of learned rows.
         num_components: Gaussians in such a mixture.
         num_members: Networks trained alike from other first weights; the score is the mean of theirs.
     """
@@ -77,7 +77,7 @@ class VAEConfig(_Config):
     input_clip: float = 5.0
     num_samples: int = 4
     prior: str = "normal"
-    num_components: int = 128
+    num_components: int = 400
     num_members: int = 1
 
     @classmethod

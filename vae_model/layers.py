@@ -19,8 +19,6 @@ from vae_model.losses import (
     robust_von_mises_nll,
 )
 
-_PRIOR_LOG_VARS = (-6.0, 4.0)  # of a mixture's components: narrower ones would hold single rows
-
 
 @keras.saving.register_keras_serializable(package="vae_model")
 class KLDivergence(keras.layers.Layer):
@@ -55,12 +53,8 @@ class KLDivergence(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         # Summed over latents, averaged over rows; float16 could not hold exp(log_var).
         mean, log_var = (ops.cast(x, "float32") for x in inputs)
-        self.add_loss(self.weight * ops.mean(self.divergence(mean, log_var)))
+        self.add_loss(self.weight * ops.mean(kl_to_standard_normal(mean, log_var)))
         return inputs
-
-    def divergence(self, mean: Any, log_var: Any, draws: Sequence[Any] = ()) -> Any:
-        """KL(q(z|x) || N(0, I)) of each row, `(batch,)`: closed, so that draws of q are not needed."""
-        return kl_to_standard_normal(mean, log_var)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -70,56 +64,80 @@ class KLDivergence(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="vae_model")
-class MixtureKLDivergence(keras.layers.Layer):
-    """Adds beta * E_q[log q(z|x) - log p(z)], averaged over the rows, to the loss, for a learned p(z).
-
-    The prior is a mixture of Gaussians whose means, variances and weights are trained with the network: still an
-    ELBO, for any p(z) gives one (Tomczak and Welling, 2018, whose components are encodings of learned
-    pseudo-inputs; these are free). One draw of q estimates the expectation of log p(z).
+class PseudoInputs(keras.layers.Layer):
+    """Learned rows, as the encoder sees rows: their encodings are the components of a mixture prior (VampPrior).
 
     Args:
-        num_components: Gaussians in the mixture.
-        beta: Weight of the term.
-        seed: Of the components' first means.
+        num_rows: Pseudo-inputs K.
 
     Call arguments:
-        inputs: `(z_mean, z_log_var, z)`, each `(batch, latent_dim)`, z a draw of q(z|x).
+        inputs: `(batch, width)`, of which only the width matters.
+
+    Returns:
+        `(K, width)`.
+    """
+
+    def __init__(self, num_rows: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_rows = num_rows
+
+    def build(self, input_shape: Any) -> None:
+        shape = (self.num_rows, input_shape[-1])
+        self.rows = self.add_weight(name="rows", shape=shape, dtype="float32", autocast=False, initializer="zeros")
+
+    def call(self, inputs: Any) -> Any:
+        return ops.cast(self.rows, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (self.num_rows, input_shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "num_rows": self.num_rows}
+
+
+@keras.saving.register_keras_serializable(package="vae_model")
+class MixtureKLDivergence(keras.layers.Layer):
+    """Adds beta * E_q[log q(z|x) - log p(z)], averaged over the rows, to the loss, for a learned mixture p(z).
+
+    Any p(z) gives an ELBO; with encodings of pseudo-inputs as components it is that of Tomczak and Welling (2018),
+    here with learned weights. One draw of q estimates the expectation of log p(z).
+
+    Args:
+        beta: Weight of the term.
+
+    Call arguments:
+        inputs: `(z_mean, z_log_var, z)`, each `(batch, latent_dim)`, z a draw of q(z|x), and the components' means
+            and log variances, each `(components, latent_dim)`.
 
     Returns:
         `(batch,)` the divergence of each row, as this draw estimates it.
     """
 
-    def __init__(self, num_components: int = 128, beta: float = 1.0, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
-        self.num_components, self.beta, self.seed = num_components, beta, seed
+        self.beta = beta
 
     def build(self, input_shape: Any) -> None:
         float32 = {"dtype": "float32", "autocast": False}
         start = keras.initializers.Constant(self.beta)
         self.weight = self.add_weight(name="beta", shape=(), trainable=False, initializer=start, **float32)
-        shape = (self.num_components, input_shape[0][-1])
-        spread = keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
-        self.means = self.add_weight(name="means", shape=shape, initializer=spread, **float32)
-        narrow = keras.initializers.Constant(-1.0)
-        self.log_vars = self.add_weight(name="log_vars", shape=shape, initializer=narrow, **float32)
-        self.logits = self.add_weight(name="logits", shape=shape[:1], initializer="zeros", **float32)
+        self.logits = self.add_weight(name="logits", shape=input_shape[3][:1], initializer="zeros", **float32)
 
     def call(self, inputs: Any) -> Any:
-        mean, log_var, z = (ops.cast(x, "float32") for x in inputs)
-        divergence = self.divergence(mean, log_var, [z])
+        mean, log_var, z, means, log_vars = (ops.cast(x, "float32") for x in inputs)
+        divergence = kl_to_mixture(mean, log_var, [z], (means, log_vars, self.log_weights()))
         self.add_loss(self.weight * ops.mean(divergence))
         return divergence
 
-    def divergence(self, mean: Any, log_var: Any, draws: Sequence[Any]) -> Any:
-        """E_q[log q(z|x) - log p(z)] of each row, `(batch,)`, as the mean over draws of q."""
-        log_vars = ops.clip(self.log_vars, *_PRIOR_LOG_VARS)
-        return kl_to_mixture(mean, log_var, draws, (self.means, log_vars, ops.log_softmax(self.logits)))
+    def log_weights(self) -> Any:
+        """`(components,)`."""
+        return ops.log_softmax(self.logits)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape[0][:1]
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "num_components": self.num_components, "beta": self.beta, "seed": self.seed}
+        return {**super().get_config(), "beta": self.beta}
 
 
 @keras.saving.register_keras_serializable(package="vae_model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from vae_model.layers import (
     KLDivergence,
     LikelihoodSpec,
     MixtureKLDivergence,
+    PseudoInputs,
     Sampling,
     silu,
 )
+from vae_model.losses import kl_to_standard_normal
 from vae_model.schema import TableSchema
 
 if keras.backend.backend() != "tensorflow":
@@ -28,6 +30,7 @@ if keras.backend.backend() != "tensorflow":
         f"KERAS_BACKEND: expected tensorflow, got {keras.backend.backend()}; unset it or set it to tensorflow"
     )
 
+_MIN_COMPONENT_LOG_VAR = -6.0  # narrower ones would cost a score its last digits in float32
 LOG_VAR_RANGE = (-10.0, 4.0)  # of q(z|x): without bounds, wide sparse tables end in NaN
 
 
@@ -59,6 +62,26 @@ class VAE(keras.Model):
 
 
 @dataclass(frozen=True)
+class MixturePrior:
+    """p(z): a mixture of the encodings of learned rows."""
+
+    as_vector: EncoderInputs
+    encode: Callable[[Any], tuple[Any, Any]]  # vectors to means and log variances
+    rows: PseudoInputs
+    kl: MixtureKLDivergence
+
+    def start(self, inputs: dict[str, np.ndarray], seed: int) -> None:
+        """Begins with some rows of the training table, see `EncodedTable.inputs`; a little apart where they repeat."""
+        shape = tuple(self.rows.rows.shape)
+        vectors = np.resize(np.asarray(self.as_vector(inputs), np.float32), shape)
+        self.rows.rows.assign(vectors + 0.01 * np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+    def components(self) -> tuple[Any, Any, Any]:
+        """Means and log variances `(components, latent_dim)`, and log weights `(components,)`."""
+        return *self.encode(self.rows.rows), self.kl.log_weights()
+
+
+@dataclass(frozen=True)
 class Networks:
     """The parts of one VAE, sharing weights."""
 
@@ -67,6 +90,7 @@ class Networks:
     decoder: keras.Model  # z to its last hidden layer
     likelihood: ColumnNLL
     kl: KLDivergence | MixtureKLDivergence
+    prior: MixturePrior | None = None  # None: N(0, I)
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -101,16 +125,23 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
         clip=config.input_clip,
         name="encoder_inputs",
     )
-    hidden = vector = as_vector(inputs)
-    for i, width in enumerate(config.hidden_dims):
-        hidden = keras.layers.Dense(width, silu, name=f"encoder_{i}")(hidden)
+    vector = as_vector(inputs)
     latent_dim = config.latent_dim or max(2, min(16, vector.shape[-1]))
-    z_mean = keras.layers.Dense(latent_dim, dtype="float32", name="z_mean")(hidden)
+    layers = [keras.layers.Dense(width, silu, name=f"encoder_{i}") for i, width in enumerate(config.hidden_dims)]
+    to_mean = keras.layers.Dense(latent_dim, dtype="float32", name="z_mean")
     start_small = keras.initializers.RandomNormal(stddev=0.01, seed=seed)
-    z_log_var = keras.layers.Dense(latent_dim, dtype="float32", kernel_initializer=start_small, name="z_log_var")(
-        hidden
-    )
-    z_log_var = ops.clip(z_log_var, *LOG_VAR_RANGE)
+    to_log_var = keras.layers.Dense(latent_dim, dtype="float32", kernel_initializer=start_small, name="z_log_var")
+
+    def encode(hidden: Any) -> tuple[Any, Any]:
+        for layer in layers:
+            hidden = layer(hidden)
+        return to_mean(hidden), ops.clip(to_log_var(hidden), *LOG_VAR_RANGE)
+
+    def encode_components(rows: Any) -> tuple[Any, Any]:
+        means, log_vars = encode(rows)
+        return means, ops.maximum(log_vars, _MIN_COMPONENT_LOG_VAR)
+
+    z_mean, z_log_var = encode(vector)
     encoder = keras.Model(inputs, [z_mean, z_log_var], name="encoder")
 
     z_input = hidden = keras.Input((latent_dim,), name="z")
@@ -120,18 +151,20 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
 
     likelihood = ColumnNLL(spec, name="likelihood")
     noise = keras.Input((latent_dim,), name="noise")
+    sample, prior = Sampling(name="sampling"), None
     kl_layer: KLDivergence | MixtureKLDivergence
     if config.prior == "normal":
         kl_layer = KLDivergence(config.beta, name="kl")
         z_mean, z_log_var = kl_layer([z_mean, z_log_var])
-        kl = kl_layer.divergence(z_mean, z_log_var)
-    z = Sampling(name="sampling")([z_mean, z_log_var, noise])
-    if config.prior == "mixture":
-        kl_layer = MixtureKLDivergence(config.num_components, config.beta, seed, name="kl")
-        kl = kl_layer([z_mean, z_log_var, z])
+        z, kl = sample([z_mean, z_log_var, noise]), kl_to_standard_normal(z_mean, z_log_var)
+    else:
+        kl_layer, rows = MixtureKLDivergence(config.beta, name="kl"), PseudoInputs(config.num_components, name="rows")
+        z = sample([z_mean, z_log_var, noise])
+        kl = kl_layer([z_mean, z_log_var, z, *encode_components(rows(vector))])
+        prior = MixturePrior(as_vector, encode_components, rows, kl_layer)
     outputs = {"column_nll": likelihood(decoder(z), inputs), "kl": kl, "z_mean": z_mean, "z_log_var": z_log_var}
     vae = VAE({**inputs, "noise": noise}, outputs, name="vae")
-    return Networks(vae, encoder, decoder, likelihood, kl_layer)
+    return Networks(vae, encoder, decoder, likelihood, kl_layer, prior)
 
 
 def build_members(schema: TableSchema, config: VAEConfig, weights: dict[str, np.ndarray]) -> list[Networks]:

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from vae_model.losses import kl_to_mixture, kl_to_standard_normal
 from vae_model.model import Networks
 
 MAX_BATCH_ROWS = 8192
@@ -78,10 +79,16 @@ class ElboScorer:
         width = max(sum(likelihood.heads.values()), likelihood.spec.num_features)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
+    @cached_property
+    def _mixtures(self) -> list[Any]:
+        """The priors that are mixtures, as constants; None for the others."""
+        return [member.prior and [part.numpy() for part in member.prior.components()] for member in self._members]
+
     # One graph for every batch size, traced on first use.
 
     @cached_property
     def _elbo_terms(self) -> Any:
+        _ = self._mixtures  # outside of the graph
         return self._compile(self._elbo_terms_eagerly)
 
     @cached_property
@@ -101,12 +108,15 @@ class ElboScorer:
 
     def _elbo_terms_eagerly(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
         column_nll, kl = [], []
-        for member in self._members:
+        for member, mixture in zip(self._members, self._mixtures, strict=True):
             z_mean, z_log_var = member.encoder(inputs, training=False)
             stddev = ops.exp(0.5 * z_log_var)
             draws = [z_mean + stddev * eps for eps in self.noise]
             column_nll += [member.likelihood(member.decoder(z, training=False), inputs) for z in draws]
-            kl.append(member.kl.divergence(z_mean, z_log_var, draws))
+            if mixture is None:
+                kl.append(kl_to_standard_normal(z_mean, z_log_var))
+            else:
+                kl.append(kl_to_mixture(z_mean, z_log_var, draws, mixture))
         return _mean(column_nll), _mean(kl)
 
     def _head_names(self) -> list[str]:

@@ -148,6 +148,9 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         # Validates where the trained ones are not plain, and scores: in float32, on one device, as any that is loaded.
         plain = build_vae(self._schema, self._config, seed=seed)
+        if plain.prior:
+            some = next(shuffled(np.random.default_rng([seed, 2])))
+            plain.prior.start({name: values[: self._config.num_components] for name, values in some.items()}, seed)
         networks.load_weights(plain.weights)
         batch_size = self._batch_size(num_rows)
         max_steps = training.max_steps or default_steps(num_rows, batch_size)
