@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import beam_vae
+from vae_model import load_bundle
 
 
 @pytest.fixture
@@ -35,11 +36,15 @@ def test_fit_inspect_score_and_evaluate_work_together(labelled, tmp_path, capsys
         "--label=label",
         "--max_steps=300",
         "--hidden_dims=32,32",
+        "--quality=fast",
     ]
     assert beam_vae.main([*fit, "--calibration_fraction=0.2"]) == 0
     out = capsys.readouterr().out
     assert "the label" in out
     assert "always north" in out
+
+    found = load_bundle(bundle).config  # a flag outweighs the quality, which sets the rest
+    assert (found.hidden_dims, found.latent_dim, found.num_samples) == ((32, 32), 8, 2)
 
     assert beam_vae.main(["inspect", bundle]) == 0
     assert "nats for false positive rate 0.01" in capsys.readouterr().out

@@ -429,6 +429,8 @@ def test_a_fit_writes_its_bundle_over_another_on_purpose(plain, tmp_path):
             ValueError,
             "expected rows to train, validate and calibrate on, got .*, 0 and ",
         ),
+        ({"quality": "better"}, ValueError, "quality: expected 'fast' or 'default' or 'best', got 'better'"),
+        ({"quality": "best", "config": VAEConfig()}, ValueError, "quality, config: expected one of them"),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(no_training, arguments, error, message):
