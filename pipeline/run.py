@@ -232,11 +232,11 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
         prepare(beam_options, options)
     if is_streaming:
         return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
+    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
+        if options.output and bigquery_place(place) is None:
+            refuse_unwritable(flag, place)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
-    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
-        if bigquery_place(place) is None:
-            refuse_unwritable(flag, place)
     old = _output_files(options)
     start = time.perf_counter()
     try:
@@ -413,8 +413,12 @@ def runner_of(flags: Sequence[str]) -> str:
 
 
 def _short_name(beam_options: PipelineOptions) -> str:
-    runner = beam_options.view_as(StandardOptions).runner
-    return str(runner or StandardOptions.DEFAULT_RUNNER).rpartition(".")[2]
+    runner = beam_options.view_as(StandardOptions).runner or StandardOptions.DEFAULT_RUNNER
+    name = str(runner).rpartition(".")[2]
+    # Beam takes a name in any case, and without its "Runner".
+    known = [path.rpartition(".")[2] for path in StandardOptions.ALL_KNOWN_RUNNERS]
+    by_name = {each.lower(): each for each in known} | {each.lower().removesuffix("runner"): each for each in known}
+    return by_name.get(name.lower(), name)
 
 
 def refuse_unknown_flags(flags: Sequence[str], like: Collection[str] | None = None) -> None:
