@@ -232,8 +232,9 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
         prepare(beam_options, options)
     if is_streaming:
         return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
+    check(options)
     for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
-        if options.output and bigquery_place(place) is None:
+        if bigquery_place(place) is None:
             refuse_unwritable(flag, place)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
