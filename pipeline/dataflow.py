@@ -13,7 +13,6 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline.options import stream_place
-from pipeline.sinks import refuse_unwritable
 
 # Four processes, each with TensorFlow and a model, in 16 GB; docs/dataflow.md has the reasons.
 MACHINE_TYPE = "n2-standard-4"
@@ -46,8 +45,6 @@ def prepare(beam_options: PipelineOptions, options: Any) -> None:
         raise ValueError(
             "missing --sdk_container_image or --setup_file: Dataflow's workers have no beam-vae; see docs/dataflow.md"
         )
-
-    refuse_unwritable("temp_location", cloud.temp_location)  # staging would try for minutes
 
     if any(option.startswith("worker_accelerator") for option in cloud.dataflow_service_options or ()):
         # One process, and so one model, for a machine's GPU, which processes cannot share well.

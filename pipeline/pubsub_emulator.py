@@ -10,8 +10,8 @@ variable PUBSUB_EMULATOR_HOST names. Needs the extra `gcp`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
+import signal
 import sys
 import threading
 import time
@@ -348,7 +348,7 @@ def _serialize(message: Any) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until interrupted."""
+    """Serves until interrupted or terminated, also where a shell in the background has it ignore interrupts."""
     parser = argparse.ArgumentParser(
         "python -m pipeline.pubsub_emulator", description="Cloud Pub/Sub's API on this machine."
     )
@@ -356,8 +356,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with PubSubEmulator(args.port) as emulator:
         print(f"export PUBSUB_EMULATOR_HOST={emulator.host}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
     return 0
 
 

@@ -226,18 +226,21 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
     beam_options = PipelineOptions(argv, save_main_session=False)
     options = beam_options.view_as(ScoringOptions)
     is_streaming = beam_options.view_as(StandardOptions).streaming
-    if runner_of(list(argv or ())) == "DataflowRunner":
+    on_dataflow = runner_of(list(argv or ())) == "DataflowRunner"
+    if on_dataflow:
         from pipeline.dataflow import prepare
 
         prepare(beam_options, options)
     if is_streaming:
         return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
-    check(options)
-    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
-        if bigquery_place(place) is None:
-            refuse_unwritable(flag, place)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
+    places = [("output", options.output), ("dead_letters", dead_letter_place(options))]
+    if on_dataflow:  # staging would try for minutes
+        places.append(("temp_location", beam_options.view_as(GoogleCloudOptions).temp_location))
+    for flag, place in places:
+        if bigquery_place(place) is None:
+            refuse_unwritable(flag, place)
     old = _output_files(options)
     start = time.perf_counter()
     try:

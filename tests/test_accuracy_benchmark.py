@@ -130,6 +130,7 @@ def test_fit_never_sees_a_label(tmp_path, monkeypatch):
     (row,) = accuracy.work([job])
     assert row["error"] == "RuntimeError: seen enough"
     table, training, quality = given["all"]
+    assert quality == "default"
     assert table.column_names == ["x0", "x1", "x2"]
     assert training == vae_model.TrainingConfig(seed=3)
     # Nor is the order of its rows a label in disguise: all are normal, at x = 0 and not at 3.

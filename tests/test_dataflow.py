@@ -238,11 +238,11 @@ REFUSED = {
     "no input": ({"input": f"gs://{BUCKET}/none/*.parquet"}, "none/*.parquet"),
     "no bucket for output": (
         {"output": "gs://no-such-bucket/out"},
-        "--output: cannot write to gs://no-such-bucket/out",
+        "no-such-bucket",
     ),
     "no bucket for letters": (
         {"dead_letters": "gs://no-such-bucket/out"},
-        "--dead_letters: cannot write to gs://no-such",
+        "no-such-bucket",
     ),
     "a misspelt flag": (
         {"bundel": "gs://x/y"},
