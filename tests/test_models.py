@@ -124,7 +124,7 @@ def test_a_batch_keeps_its_bundle_while_another_comes(folder, first, second, mix
 
 def test_an_old_bundle_is_released(folder, first, second):
     model = follow(folder)
-    old = [weakref.ref(item) for item in (model.current(), model.current().scorer, model.current().scorer._networks)]
+    old = [weakref.ref(item) for item in (model.current(), model.current().scorer, model.current().scorer._members[0])]
     weights = weakref.ref(next(iter(model.current().weights.values())))
     point(folder, "v2", second.model_version)
     model.poll()
