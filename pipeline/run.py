@@ -168,7 +168,6 @@ class _Tables:
             got = cloud.temp_location or "none"
             raise ValueError(f"--temp_location: with bigquery:, expected gs://BUCKET/FOLDER for its files, got {got}")
         refuse_strangers(tables[0])  # before Beam looks for credentials, again and again
-        refuse_unwritable("temp_location", cloud.temp_location)
 
     def schema(self) -> pa.Schema:
         from pipeline.from_bigquery import bigquery_schema
@@ -224,23 +223,32 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
         DeadLetterLimitError: The job failed for its dead letters.
     """
     beam_options = PipelineOptions(argv, save_main_session=False)
-    options = beam_options.view_as(ScoringOptions)
-    is_streaming = beam_options.view_as(StandardOptions).streaming
-    on_dataflow = runner_of(list(argv or ())) == "DataflowRunner"
-    if on_dataflow:
+    runner = _short_name(beam_options)
+    if runner == "DataflowRunner":
         from pipeline.dataflow import prepare
 
-        prepare(beam_options, options)
-    if is_streaming:
-        return _run_streaming(beam_options, runner_of(list(argv or ())), wait)
+        prepare(beam_options, beam_options.view_as(ScoringOptions))
+    is_streaming = beam_options.view_as(StandardOptions).streaming
+    try:
+        return (_run_streaming if is_streaming else _run_batch)(beam_options, runner, wait)
+    except _service_errors() as error:
+        raise RuntimeError(str(error).partition(" [while running")[0]) from error
+
+
+def _service_errors() -> tuple[type[Exception], ...]:
+    """What Google's clients raise, such as for a topic that is not there, or a job that Dataflow refuses."""
+    try:
+        from google.api_core.exceptions import GoogleAPIError
+    except ImportError:
+        return ()
+    return (GoogleAPIError,)
+
+
+def _run_batch(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
+    options = beam_options.view_as(ScoringOptions)
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, options)
-    places = [("output", options.output), ("dead_letters", dead_letter_place(options))]
-    if on_dataflow:  # staging would try for minutes
-        places.append(("temp_location", beam_options.view_as(GoogleCloudOptions).temp_location))
-    for flag, place in places:
-        if bigquery_place(place) is None:
-            refuse_unwritable(flag, place)
+    _refuse_unwritable_places(beam_options, runner)
     old = _output_files(options)
     start = time.perf_counter()
     try:
@@ -255,11 +263,24 @@ def run(argv: Sequence[str] | None = None, wait: bool = True) -> Summary | None:
             text = str(error).split(marker, 1)[1].lstrip(": ").splitlines()[0].split(" [while running")[0]
             _clean_up(options, old)
             raise DeadLetterLimitError(f"{text}; see {dead_letter_place(options)}") from None
-        if runner_of(list(argv or ())) in LOCAL_RUNNERS:  # elsewhere the job may go on, only this wait has failed
+        if runner in LOCAL_RUNNERS:  # elsewhere the job may go on, only this wait has failed
             _remove_temporary(options)
         raise
     _clean_up(options, old)
     return summarize(result, time.perf_counter() - start, options)
+
+
+def _refuse_unwritable_places(beam_options: PipelineOptions, runner: str) -> None:
+    """Tries the places of files, and Beam's own where it needs one, once the pipeline is built."""
+    options = beam_options.view_as(ScoringOptions)
+    places = {"output": options.output, "dead_letters": dead_letter_place(options)}
+    temporary = beam_options.view_as(GoogleCloudOptions).temp_location
+    # Dataflow's staging would try for minutes; loads into BigQuery and exports from it fail at their end.
+    if temporary and (runner == "DataflowRunner" or any(map(bigquery_place, (options.input, *places.values())))):
+        places["temp_location"] = temporary
+    for flag, place in places.items():
+        if stream_place(place) is None:
+            refuse_unwritable(flag, place)
 
 
 def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
@@ -283,9 +304,9 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     job = streaming.launch_word()
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
-    for flag, place in (("output", options.output), ("dead_letters", dead_letter_place(options))):
+    _refuse_unwritable_places(beam_options, runner)
+    for place in (options.output, dead_letter_place(options)):
         if stream_place(place) is None:
-            refuse_unwritable(flag, place)
             window_files.remove_leftovers(place)
     if not is_local:
         result = pipeline.run()
@@ -295,10 +316,7 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     start = time.perf_counter()
     with streaming.local_account(job) as counted:
         with streaming.drained_by_signals(options):
-            try:
-                pipeline.run().wait_until_finish()
-            except streaming.service_errors() as error:
-                raise RuntimeError(str(error).partition(" [while running")[0]) from error
+            pipeline.run().wait_until_finish()
         return Summary(
             num_records=counted["records"],
             num_scored=counted["scored"] - counted["refused"],

@@ -151,15 +151,6 @@ def _need_gcp() -> None:
         raise ImportError(f"pubsub: and bigquery: need the extra gcp: pip install 'beam-vae[gcp]' ({error})") from None
 
 
-def service_errors() -> tuple[type[Exception], ...]:
-    """What Google's clients raise, such as for a topic that is not there."""
-    try:
-        from google.api_core.exceptions import GoogleAPIError
-    except ImportError:
-        return ()
-    return (GoogleAPIError,)
-
-
 def _read_pubsub(name: str, options: Any) -> beam.PTransform:
     kind = re.fullmatch(r"projects/[^/]+/(subscription|topic)s/[^/]+", name)
     if kind is None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+from apache_beam.internal.gcp import auth
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.cloud import dataflow_v1beta3 as api
@@ -174,6 +176,17 @@ def google_cloud(folder):
         server.server_close()
         store.terminate()
         store.wait(30)
+
+
+@contextmanager
+def google_cloud_here(folder):
+    """As `google_cloud`, for this process: gives the `Dataflow` and the flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auth._Credentials, "_credentials_init", False)  # Beam keeps the credentials that it finds first
+        with google_cloud(folder) as (dataflow, flags, environment):
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield dataflow, flags
 
 
 def _answers(port):

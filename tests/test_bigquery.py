@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.internal.gcp import auth
 from apache_beam.options.pipeline_options import PipelineOptions
 from bigquery_service import bigquery_service
-from dataflow_service import BUCKET, google_cloud
+from dataflow_service import BUCKET, google_cloud_here
 from google.cloud import dataflow_v1beta3 as api
 
 from pipeline import command, launcher
@@ -31,13 +30,8 @@ UTC = datetime.UTC
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
     """Google's services, found through the environment: `Dataflow`, and the flags that lead to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Beam keeps the credentials that it finds first.
-        patch.setattr(auth._Credentials, "_credentials_init", False)
-        with google_cloud(tmp_path_factory.mktemp("cloud")) as (dataflow, flags, environment):
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield dataflow, flags
+    with google_cloud_here(tmp_path_factory.mktemp("cloud")) as found:
+        yield found
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.internal.gcp import auth
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.options.pipeline_options import PipelineOptions
-from dataflow_service import BUCKET, Refused, google_cloud, staged
+from dataflow_service import BUCKET, Refused, google_cloud_here, staged
 from google.cloud import dataflow_v1beta3 as api
 from pyarrow import fs
 
@@ -32,13 +31,8 @@ IMAGE = "us-docker.pkg.dev/my-project/images/beam-vae:0.1.0"
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
     """`Dataflow`, and the flags that lead to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Beam keeps the credentials that it finds first.
-        patch.setattr(auth._Credentials, "_credentials_init", False)
-        with google_cloud(tmp_path_factory.mktemp("cloud")) as (dataflow, flags, environment):
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield dataflow, flags
+    with google_cloud_here(tmp_path_factory.mktemp("cloud")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +209,19 @@ def test_the_endpoint_refuses_what_dataflow_would(cloud):
         dataflow.create("other", "us-central1", json.dumps(job))
     with pytest.raises(Exception, match='no field named "nonsense"'):
         dataflow.create("my-project", "us-central1", json.dumps(job | {"nonsense": 1}))
+
+
+@pytest.mark.parametrize("kind", ["batch", "streaming"])
+def test_what_dataflow_refuses_is_told_in_one_line(cloud, places, capsys, kind):
+    _, flags = cloud
+    given = places | {"output": f"gs://{BUCKET}/refused-{kind}", "region": "elsewhere", "sdk_container_image": IMAGE}
+    if kind == "streaming":
+        given["input"] = "pubsub:projects/my-project/subscriptions/flights"
+        given |= {flag: f"pubsub:projects/my-project/topics/{flag}" for flag in ("output", "dead_letters")}
+    flags = [flag for flag in flags if not flag.startswith("--region")]
+    mode = ["--streaming"] if kind == "streaming" else []
+    assert command.main([*as_given(given), *mode, "--runner=DataflowRunner", *flags]) == 1
+    assert "no such project and region: my-project, elsewhere" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 # ---- refused before anything is submitted ----------------------------------------------------------
