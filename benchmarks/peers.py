@@ -1,9 +1,10 @@
 """Detectors of PyOD and scikit-learn, each with its defaults, on tables made numeric as their users would.
 
 Numbers, booleans and times (as microseconds) are columns of numbers: missing values take the training rows' median,
-then each is standardised by the training rows' mean and standard deviation (for `knn_meansq_quantile`, mapped to
-normal scores by scikit-learn's QuantileTransformer fitted on them). Other columns are categories: one 0/1 column for
-each of the 50 most frequent levels among the training rows; rarer, unseen and missing levels are 0 in all of them.
+then each is standardised by the training rows' mean and standard deviation; for `knn_meansq_quantile` it is mapped to
+normal scores by scikit-learn's QuantileTransformer fitted on them, for `knn_meansq_rank` by `MidRanks`. Other columns
+are categories: one 0/1 column for each of the 50 most frequent levels among the training rows; rarer, unseen and
+missing levels are 0 in all of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from scipy.special import ndtri
 
 MAX_LEVELS = 50
 NUM_NEIGHBORS = 5
+BEYOND = 5.0  # normal score of a value that is less or greater than all training values
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,28 @@ def quantile(seed: int, num_rows: int) -> Any:
     return QuantileTransformer(n_quantiles=min(1000, num_rows), output_distribution="normal", random_state=seed)
 
 
+def rank(seed: int, num_rows: int) -> Any:
+    """Normal scores of middle ranks."""
+    return MidRanks()
+
+
+class MidRanks:
+    """Each column's normal scores of the middle of a value's ranks among the training values; +-5 beyond them.
+
+    QuantileTransformer sends a column's least and greatest value to +-5.2, however many training rows have them.
+    """
+
+    def fit(self, numbers: np.ndarray) -> MidRanks:
+        self._columns = np.sort(numbers, axis=0).T
+        return self
+
+    def transform(self, numbers: np.ndarray) -> np.ndarray:
+        """`(n, columns)` in, the same out."""
+        columns = zip(self._columns, numbers.T, strict=True)
+        ranks = [sum(np.searchsorted(known, values, side) for side in ("left", "right")) for known, values in columns]
+        return np.clip(ndtri(np.stack(ranks, axis=1) / (2 * self._columns.shape[1])), -BEYOND, BEYOND)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a detector is fitted, from a seed and a table, and the modules that it imports."""
@@ -158,4 +183,5 @@ PEERS = {
     "VAE": pyod("VAE", "pyod.models.vae", "torch", random_state="seed", verbose=0),
     "knn_meansq_standard": knn_meansq(standard),
     "knn_meansq_quantile": knn_meansq(quantile),
+    "knn_meansq_rank": knn_meansq(rank),
 }

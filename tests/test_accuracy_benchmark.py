@@ -9,12 +9,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import rankdata, wilcoxon
+from scipy.stats import norm, rankdata, wilcoxon
 
 import vae_model
 from benchmarks import accuracy, calibration, tables
 from benchmarks.accuracy import Results, average_ranks, measure, read_published, signed_rank_p
-from benchmarks.peers import Fitted, Method, Preparation, quantile, standard
+from benchmarks.peers import Fitted, Method, MidRanks, Preparation, quantile, standard
 from benchmarks.runs import Runs, run_all
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -175,7 +175,19 @@ def test_quantile_inputs_are_normal_scores():
     assert np.quantile(inputs, [0.1587, 0.5, 0.8413]) == pytest.approx([-1, 0, 1], abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["IForest", "ECOD", "KNN", "LOF", "PCA", "AutoEncoder", "VAE", "knn_meansq_quantile"])
+def test_middle_ranks_are_those_of_scipy_and_jump_beyond_the_training_values():
+    train = np.random.default_rng(0).integers(0, 20, (500, 2)).astype(float)
+    ranks = MidRanks().fit(train)
+    np.testing.assert_allclose(ranks.transform(train), norm.ppf((rankdata(train, axis=0) - 0.5) / 500))
+    assert ranks.transform(np.array([[-1.0, 20.0]])).tolist() == [[-5, 5]]
+    between = norm.ppf((train[:, 0] < 7.5).mean())
+    assert ranks.transform(np.array([[7.5, 3.0]]))[0, 0] == pytest.approx(between)
+
+
+PEERS = ["IForest", "ECOD", "KNN", "LOF", "PCA", "AutoEncoder", "VAE", "knn_meansq_quantile", "knn_meansq_rank"]
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_peers_find_what_is_far_away(name):
     method = accuracy.METHODS[name]
     if method.absent:
