@@ -24,6 +24,7 @@ from vae_model import files
 from vae_model.calibration import Calibration, Threshold
 from vae_model.config import VAEConfig
 from vae_model.encoding import EncodedTable, encode
+from vae_model.overlap import ahead
 from vae_model.pointer import Entry, Pointer, PointerError, is_pointer, read_pointer
 from vae_model.reasons import REASON_TYPE, Explainer
 from vae_model.report import report
@@ -204,8 +205,10 @@ class Bundle:
         table = without_views(table)
         parts, rejected = [], []
         size = self._chunk_rows
-        for start in range(0, max(table.num_rows, 1), size):
-            columns, rejects = self._score_chunk(table.slice(start, size), reasons, prefix, threshold)
+        chunks = (table.slice(start, size) for start in range(0, max(table.num_rows, 1), size))
+        encoded = ((chunk, encode(chunk, self.schema, self.config.views)) for chunk in chunks)
+        for each in ahead(encoded) if table.num_rows > size else encoded:
+            columns, rejects = self._score_chunk(*each, reasons, prefix, threshold)
             parts.append(columns)
             rejected.append(rejects)
         why = Rejects.concatenate(rejected)
@@ -224,9 +227,8 @@ class Bundle:
         return min(CHUNK_ROWS, rows_at_a_time(len(self.schema.features)))
 
     def _score_chunk(
-        self, table: pa.Table, reasons: int, prefix: str, threshold: float | None
+        self, table: pa.Table, encoded: EncodedTable, reasons: int, prefix: str, threshold: float | None
     ) -> tuple[pa.Table, Rejects]:
-        encoded = encode(table, self.schema, self.config.views)
         rejects = encoded.rejects
         if len(rejects):
             keep = rejects.keep
