@@ -12,6 +12,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
@@ -370,15 +371,32 @@ def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _places(options: Any) -> tuple[tuple[str, str], ...]:
-    """Where the job writes files, and their name in a directory."""
-    places = (options.output, "scored"), (dead_letter_place(options), "dead_letters")
-    return tuple((place, name) for place, name in places if bigquery_place(place) is None)
+def _places(options: Any) -> tuple[tuple[str, str, str], ...]:
+    """Where the job writes files: the flag, the place, and the files' name in a directory."""
+    places = ("output", options.output, "scored"), ("dead_letters", dead_letter_place(options), "dead_letters")
+    return tuple(place for place in places if bigquery_place(place[1]) is None)
 
 
 def _output_files(options: Any) -> dict[str, float]:
-    """Files of earlier jobs where this one writes, with the time when each was written."""
-    return {path: when for place in _places(options) for path, when in written_files(*place).items()}
+    """Files of earlier jobs where this one writes, with the time when each was written.
+
+    Raises:
+        ValueError: A place cannot be looked into; names the flag.
+    """
+    found: dict[str, float] = {}
+    for flag, place, name in _places(options):
+        try:
+            found |= written_files(place, name)
+        except BeamIOError as error:
+            raise ValueError(f"--{flag}: cannot look into {place}: {_cause(error)}") from error
+    return found
+
+
+def _cause(error: Exception) -> Exception:
+    """What a store said, within what Beam makes of it."""
+    while isinstance(error, BeamIOError) and error.exception_details:
+        error = next(iter(error.exception_details.values()))
+    return error
 
 
 def _clean_up(options: Any, old: dict[str, float]) -> None:
@@ -392,8 +410,8 @@ def _clean_up(options: Any, old: dict[str, float]) -> None:
 
 
 def _remove_temporary(options: Any) -> None:
-    for place in _places(options):
-        remove_leftovers(*place)
+    for _, place, name in _places(options):
+        remove_leftovers(place, name)
 
 
 def _refuse_old_output(options: Any, input_files: Sequence[str]) -> None:

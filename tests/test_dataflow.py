@@ -245,11 +245,11 @@ REFUSED = {
     "no input": ({"input": f"gs://{BUCKET}/none/*.parquet"}, "none/*.parquet"),
     "no bucket for output": (
         {"output": "gs://no-such-bucket/out"},
-        "no-such-bucket",
+        "--output: cannot look into gs://no-such-bucket/out: 404",
     ),
     "no bucket for letters": (
         {"dead_letters": "gs://no-such-bucket/out"},
-        "no-such-bucket",
+        "--dead_letters: cannot look into gs://no-such-bucket/out: 404",
     ),
     "a misspelt flag": (
         {"bundel": "gs://x/y"},
