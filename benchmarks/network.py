@@ -11,6 +11,7 @@ from keras import ops
 from vae_model.bundle import Bundle
 from vae_model.layers import ColumnNLL
 from vae_model.losses import kl_to_standard_normal
+from vae_model.model import build_members
 
 
 @keras.saving.register_keras_serializable(package="benchmarks")
@@ -52,12 +53,18 @@ class FixedSampling(keras.layers.Layer):
 
 
 def save_network(bundle: Bundle, path: Path) -> None:
-    """The plain bundle's network from scaled numbers `(n, columns)` to scores `(n, 1)`, as a `.keras` file."""
-    networks = bundle.scorer._networks
+    """The plain bundle's network from scaled numbers `(n, columns)` to scores `(n, 1)`, as a `.keras` file.
+
+    Raises:
+        ValueError: It has several members, or another prior than N(0, I).
+    """
+    if bundle.config.num_members > 1 or bundle.config.prior != "normal":
+        raise ValueError("expected one network with the prior N(0, I)")
+    (networks,) = build_members(bundle.schema, bundle.config, bundle.weights)
     spec = networks.likelihood.get_config()["spec"]
     numbers = keras.Input((spec["num_numeric"],))
     dense = {layer.name: layer for layer in [*networks.encoder.layers, *networks.decoder.layers]}
-    hidden = numbers
+    hidden = ops.clip(numbers, -bundle.config.input_clip, bundle.config.input_clip)
     for name in ("encoder_0", "encoder_1"):
         hidden = _copy(dense[name])(hidden)
     z_mean, z_log_var = _copy(dense["z_mean"])(hidden), _copy(dense["z_log_var"])(hidden)

@@ -436,6 +436,29 @@ def test_one_column_is_enough():
     assert finite(fit(table, CONFIG, QUICK).score(table), 200)
 
 
+@pytest.mark.parametrize("kind", ["levels", "times", "nulls", "numbers"])
+def test_columns_of_one_kind_alone_are_learned_explained_and_scored_by_the_job(kind, tmp_path):
+    rng, n = np.random.default_rng(0), 1000
+    day = np.datetime64("2026-01-01", "us") + rng.normal(720, 60, n).astype("timedelta64[m]")
+    columns = {
+        "levels": np.array(["a", "b", "c"])[rng.integers(0, 3, n)],
+        "times": day,
+        "nulls": pa.array(["same"] * n, mask=rng.random(n) < 0.5),
+        "numbers": rng.normal(size=n),
+    }
+    table = pa.table({"x": columns[kind], "y": columns[kind]})
+    fit(table, CONFIG, QUICK, output=str(tmp_path / "bundle"))
+    trained = load_bundle(str(tmp_path / "bundle"))
+    trained.verify()
+    scored = trained.score(table, reasons=2)
+    assert np.isfinite(scored["anomaly_score"].to_numpy()).all()
+    assert {reason["feature"] for reason in scored["anomaly_reasons"][0].as_py()} <= {"x", "y"}
+    pq.write_table(table, tmp_path / "in.parquet")
+    flags = {"input": tmp_path / "in.parquet", "output": tmp_path / "out", "bundle": tmp_path / "bundle", "reasons": 2}
+    summary = run([*(f"--{name}={value}" for name, value in flags.items()), "--runner=FnApiRunner"])
+    assert (summary.num_records, summary.num_scored) == (n, n)
+
+
 def test_three_thousand_columns_are_learned_and_scored():
     rng = np.random.default_rng(0)
     table = pa.table({f"x{i}": rng.normal(size=100) for i in range(3000)})

@@ -133,19 +133,19 @@ def test_pseudo_inputs_learn_where_the_rows_encodings_lie():
     log_var = np.full((400, 2), -2.0, np.float32)
     z = mean + np.exp(0.5 * log_var) * rng.normal(size=mean.shape).astype(np.float32)
     inputs = [keras.Input((2,)) for _ in range(3)]
-    rows, layer = PseudoInputs(8), MixtureKLDivergence()
-    means = rows(inputs[0])
+    pseudo_inputs, layer = PseudoInputs(8), MixtureKLDivergence()
+    means = pseudo_inputs(inputs[0])
     assert means.shape == (8, 2)
     model = keras.Model(inputs, layer([*inputs, means, 0 * means - 2]))
-    rows.rows.assign(rng.normal(size=(8, 2)))
+    pseudo_inputs.vectors.assign(rng.normal(size=(8, 2)))
     model.compile(keras.optimizers.Adam(0.1))
     model.fit([mean, log_var, z], epochs=40, batch_size=100, verbose=0)
-    learned = np.asarray(layer([mean, log_var, z, rows.rows, np.full((8, 2), -2.0)])).mean()
+    learned = np.asarray(layer([mean, log_var, z, pseudo_inputs.vectors, np.full((8, 2), -2.0)])).mean()
     assert learned == pytest.approx(np.log(2), abs=0.15)
     assert np.asarray(kl_to_standard_normal(mean, log_var)).mean() > 5
 
 
-@pytest.mark.parametrize("layer", [MixtureKLDivergence(0.3, name="mine"), PseudoInputs(7, name="rows")])
+@pytest.mark.parametrize("layer", [MixtureKLDivergence(0.3, name="mine"), PseudoInputs(7, name="mine")])
 def test_the_mixtures_layers_come_back_from_their_configuration(layer):
     again = type(layer).from_config(json.loads(json.dumps(layer.get_config())))
     assert again.get_config() == layer.get_config()

@@ -1,6 +1,6 @@
 from html.parser import HTMLParser
 
-from vae_model.report import report
+from vae_model.report import report, training_facts
 
 
 class _Page(HTMLParser):
@@ -51,3 +51,14 @@ def test_levels_are_escaped(make_table, tmp_path):
     small = fit(table, VAEConfig(hidden_dims=(8,), latent_dim=2), TrainingConfig(max_steps=20))
     assert "<script>" not in report(small)
     assert "&lt;script&gt;" in report(small)
+
+
+def test_the_report_says_which_network_it_is_and_whose_training_is_told(bundle, mixed_table):
+    from vae_model import TrainingConfig, VAEConfig, fit
+
+    assert training_facts(bundle)["network"] == "32-32, 4 latents, prior N(0, I)"
+    config = VAEConfig.of_quality("best", hidden_dims=(8,), latent_dim=2, num_components=7, num_members=2)
+    best = fit(mixed_table.select(["length", "weight"]), config, TrainingConfig(max_steps=20))
+    text = _Page(report(best)).text
+    assert "2 members, each 8, 2 latents, prior a mixture of 7 encodings" in text
+    assert text.count("of the first member") == 2

@@ -65,6 +65,14 @@ def test_a_resumed_fit_ends_with_the_same_bundle(step, table, whole, tmp_path):
     assert not Path(f"{output}.checkpoint").exists()
 
 
+def test_a_fit_removes_the_checkpoints_of_one_that_had_more_members(table, tmp_path):
+    output = tmp_path / "bundle"
+    fit_until(table, str(output), 150, steps(100), dataclasses.replace(CONFIG, num_members=2))
+    assert len(list(tmp_path.iterdir())) == 2
+    fit(table, CONFIG, steps(20), output=str(output))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_a_resumed_fit_of_several_members_ends_with_the_same_bundle(table, tmp_path):
     # Killed in the second member's training, under a learned prior.
     config = dataclasses.replace(CONFIG, prior="mixture", num_components=8, num_members=2)

@@ -79,13 +79,14 @@ def _add_fit(commands: Any) -> None:
         "--quality",
         choices=list(QUALITIES),
         default="default",
-        help="What scoring may cost: a small network, the default one, or several with a learned prior.",
+        help="What training and scoring may cost: a small network, the default one, or several with a learned prior. "
+        "Sets what --hidden_dims, --latent_dim and --num_samples leave open (default default).",
     )
     add_reading_arguments(add)
     _add_settings(
         add,
         ("hidden_dims", _widths, "Widths of the hidden layers, separated by commas."),
-        ("latent_dim", int, "Latents; by default one per input, at most 16."),
+        ("latent_dim", int, "Latents."),
         ("beta", float, "Weight of the KL term in training."),
         ("num_samples", int, "Noise draws per score."),
         ("max_steps", int, "Optimizer steps at most; by default by the number of rows."),
@@ -121,9 +122,9 @@ def add_reading_arguments(add: Any) -> None:
 def _add_settings(add: Any, *settings: tuple[str, Callable[[str], Any], str]) -> None:
     for name, kind, help in settings:
         default = getattr(VAEConfig, name, getattr(TrainingConfig, name, None))
-        shown = (
-            "" if default is None else f" (default {','.join(map(str, default)) if name == 'hidden_dims' else default})"
-        )
+        if any(name in changes for changes in QUALITIES.values()):
+            default = "by --quality"
+        shown = "" if default is None else f" (default {default})"
         add(f"--{name}", type=kind, metavar=name.rpartition("_")[2].upper(), help=help + shown)
 
 
@@ -343,6 +344,8 @@ def print_bundle(bundle: Any, uri: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from vae_model.report import training_facts
+
     console = Console()
     card, calibration, threshold = bundle.card, bundle.calibration, bundle.threshold
     training = card["training"]
@@ -367,17 +370,12 @@ def print_bundle(bundle: Any, uri: str) -> None:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="bold")
     facts.add_column()
-    early = ", stopped early" if training["stopped_early"] else ""
-    facts.add_row(
-        "training", f"{training['steps']:,} steps of {training['batch_size']}, best at {training['best_step']:,}{early}"
-    )
-    facts.add_row(
-        "held-out loss",
-        f"{training['val_loss']:.3f} nats = reconstruction {training['val_reconstruction_loss']:.3f} + KL "
-        f"{training['val_kl_loss']:.3f}",
-    )
+    for fact in training_facts(bundle).items():
+        facts.add_row(*fact)
     kl = ", ".join(f"{value:.2f}" for value in sorted(training["kl_per_latent"], reverse=True))
-    facts.add_row("latents", f"{training['active_units']} of {len(training['kl_per_latent'])} active; KL of each: {kl}")
+    facts.add_row(
+        "latents", f"{training['active_units']} of {len(training['kl_per_latent'])} active; KL of each to N(0, 1): {kl}"
+    )
     quantiles = ", ".join(
         f"{float(rank):.1%} {value:.2f}" for rank, value in card["calibration"]["score_quantiles"].items()
     )

@@ -26,6 +26,7 @@ def _is_share(value: object) -> bool:
     return _is_number(value) and 0 < value < 1  # type: ignore[operator]
 
 
+NUM_SEEDS = 2**32  # that Keras takes
 _COUNT, _SHARE = "a whole number > 0", "a number in (0, 1)"
 
 
@@ -181,7 +182,7 @@ class TrainingConfig(_Config):
         _require(
             "kl_warmup", self.kl_warmup, _is_number(self.kl_warmup) and 0 <= self.kl_warmup < 1, "a number in [0, 1)"
         )
-        _require("seed", self.seed, _is_whole(self.seed, 0), "a whole number >= 0")
+        _require("seed", self.seed, _is_whole(self.seed, 0) and self.seed < NUM_SEEDS, "a whole number below 2**32")
         _require("strategy", self.strategy, self.strategy in (None, "mirrored"), "'mirrored' or None")
         precisions = ("float32", "mixed_bfloat16")
         _require("precision", self.precision, self.precision in precisions, " or ".join(map(repr, precisions)))

@@ -134,11 +134,10 @@ def fit(
     bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
     if output and checkpoint:
-        from vae_model.training import checkpoints
+        from vae_model.training import remove_checkpoints
 
         bundle.save(output, overwrite=overwrite)
-        for file in checkpoints(checkpoint, config):
-            files.remove(file)
+        remove_checkpoints(checkpoint)
     return bundle
 
 

@@ -82,11 +82,11 @@ class PseudoInputs(keras.layers.Layer):
         self.num_rows = num_rows
 
     def build(self, input_shape: Any) -> None:
-        shape = (self.num_rows, input_shape[-1])
-        self.rows = self.add_weight(name="rows", shape=shape, dtype="float32", autocast=False, initializer="zeros")
+        shape, float32 = (self.num_rows, input_shape[-1]), {"dtype": "float32", "autocast": False}
+        self.vectors = self.add_weight(name="vectors", shape=shape, initializer="zeros", **float32)
 
     def call(self, inputs: Any) -> Any:
-        return ops.cast(self.rows, self.compute_dtype)
+        return ops.cast(self.vectors, self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return (self.num_rows, input_shape[-1])
@@ -96,7 +96,7 @@ class PseudoInputs(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="vae_model")
-class MixtureKLDivergence(keras.layers.Layer):
+class MixtureKLDivergence(KLDivergence):
     """Adds beta * E_q[log q(z|x) - log p(z)], averaged over the rows, to the loss, for a learned mixture p(z).
 
     Any p(z) gives an ELBO; with encodings of pseudo-inputs as components it is that of Tomczak and Welling (2018),
@@ -113,14 +113,9 @@ class MixtureKLDivergence(keras.layers.Layer):
         `(batch,)` the divergence of each row, as this draw estimates it.
     """
 
-    def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
-        self.beta = beta
-
     def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
         float32 = {"dtype": "float32", "autocast": False}
-        start = keras.initializers.Constant(self.beta)
-        self.weight = self.add_weight(name="beta", shape=(), trainable=False, initializer=start, **float32)
         self.logits = self.add_weight(name="logits", shape=input_shape[3][:1], initializer="zeros", **float32)
 
     def call(self, inputs: Any) -> Any:
@@ -135,9 +130,6 @@ class MixtureKLDivergence(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape[0][:1]
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "beta": self.beta}
 
 
 @keras.saving.register_keras_serializable(package="vae_model")
@@ -316,6 +308,8 @@ class ColumnNLL(keras.layers.Layer):
 
     def number_log_var(self) -> Any:
         """`(views * numeric,)` log variance of each encoded number, floored smoothly."""
+        if not self.spec.stddev_floors:
+            return ops.zeros(0)
         floors = np.square(np.array(self.spec.stddev_floors, np.float32))
         return ops.log(floors + ops.exp(self.log_var))
 

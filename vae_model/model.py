@@ -63,22 +63,23 @@ class VAE(keras.Model):
 
 @dataclass(frozen=True)
 class MixturePrior:
-    """p(z): a mixture of the encodings of learned rows."""
+    """p(z): a mixture of the encodings of pseudo-inputs."""
 
     as_vector: EncoderInputs
     encode: Callable[[Any], tuple[Any, Any]]  # vectors to means and log variances
-    rows: PseudoInputs
+    pseudo_inputs: PseudoInputs
     kl: MixtureKLDivergence
 
     def start(self, inputs: dict[str, np.ndarray], seed: int) -> None:
         """Begins with some rows of the training table, see `EncodedTable.inputs`; a little apart where they repeat."""
-        shape = tuple(self.rows.rows.shape)
+        shape = tuple(self.pseudo_inputs.vectors.shape)
         vectors = np.resize(np.asarray(self.as_vector(inputs), np.float32), shape)
-        self.rows.rows.assign(vectors + 0.01 * np.random.default_rng(seed).standard_normal(shape, np.float32))
+        apart = 0.01 * np.random.default_rng(seed).standard_normal(shape, np.float32)
+        self.pseudo_inputs.vectors.assign(vectors + apart)
 
     def components(self) -> tuple[Any, Any, Any]:
         """Means and log variances `(components, latent_dim)`, and log weights `(components,)`."""
-        return *self.encode(self.rows.rows), self.kl.log_weights()
+        return *self.encode(self.pseudo_inputs.vectors), self.kl.log_weights()
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Networks:
     encoder: keras.Model  # inputs to [z_mean, z_log_var]
     decoder: keras.Model  # z to its last hidden layer
     likelihood: ColumnNLL
-    kl: KLDivergence | MixtureKLDivergence
+    kl: KLDivergence
     prior: MixturePrior | None = None  # None: N(0, I)
 
     @property
@@ -158,10 +159,11 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
         z_mean, z_log_var = kl_layer([z_mean, z_log_var])
         z, kl = sample([z_mean, z_log_var, noise]), kl_to_standard_normal(z_mean, z_log_var)
     else:
-        kl_layer, rows = MixtureKLDivergence(config.beta, name="kl"), PseudoInputs(config.num_components, name="rows")
+        kl_layer = MixtureKLDivergence(config.beta, name="kl")
+        pseudo_inputs = PseudoInputs(config.num_components, name="pseudo_inputs")
         z = sample([z_mean, z_log_var, noise])
-        kl = kl_layer([z_mean, z_log_var, z, *encode_components(rows(vector))])
-        prior = MixturePrior(as_vector, encode_components, rows, kl_layer)
+        kl = kl_layer([z_mean, z_log_var, z, *encode_components(pseudo_inputs(vector))])
+        prior = MixturePrior(as_vector, encode_components, pseudo_inputs, kl_layer)
     outputs = {"column_nll": likelihood(decoder(z), inputs), "kl": kl, "z_mean": z_mean, "z_log_var": z_log_var}
     vae = VAE({**inputs, "noise": noise}, outputs, name="vae")
     return Networks(vae, encoder, decoder, likelihood, kl_layer, prior)

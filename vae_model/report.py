@@ -32,9 +32,7 @@ def report(bundle: Bundle) -> str:
         "version": bundle.model_version,
         "written": card["created"],
         "data": f"{data['num_rows']:,} rows, {data['num_columns']} columns of {source_text(data['source'])}",
-        "training": f"{training['steps']:,} steps of {training['batch_size']} rows, best at {training['best_step']:,}",
-        "held-out loss": f"{training['val_loss']:.3f} nats = reconstruction {training['val_reconstruction_loss']:.3f}"
-        f" + KL {training['val_kl_loss']:.3f}",
+        **training_facts(bundle),
         "active latents": f"{training['active_units']} of {len(training['kl_per_latent'])}",
         "threshold": f"{bundle.threshold.value:.4f} nats, by {bundle.threshold.rule.replace('_', ' ')}",
         "calibration": f"{bundle.calibration.num_rows:,} rows ({bundle.calibration.method})",
@@ -64,6 +62,24 @@ def report(bundle: Bundle) -> str:
     body = "\n".join(sections)
     title = f"beam-vae {escape(str(bundle.model_version))}"
     return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>{body}\n'
+
+
+def training_facts(bundle: Bundle) -> dict[str, str]:
+    """What was trained, and how that went, by heading."""
+    config, training = bundle.config, bundle.card["training"]
+    prior = "N(0, I)" if config.prior == "normal" else f"a mixture of {config.num_components} encodings"
+    network = f"{'-'.join(map(str, config.hidden_dims))}, {bundle.noise.shape[1]} latents, prior {prior}"
+    first = ""
+    if config.num_members > 1:
+        network, first = f"{config.num_members} members, each {network}", "; of the first member"
+    early = ", stopped early" if training["stopped_early"] else ""
+    steps = f"{training['steps']:,} steps of {training['batch_size']} rows, best at {training['best_step']:,}{early}"
+    parts = f"reconstruction {training['val_reconstruction_loss']:.3f} + KL {training['val_kl_loss']:.3f}"
+    return {
+        "network": network,
+        "training": steps + first,
+        "held-out loss": f"{training['val_loss']:.3f} nats = {parts}{first}",
+    }
 
 
 def _table(headings: Sequence[str], rows: object) -> str:

@@ -76,7 +76,8 @@ class ElboScorer:
     def _batch_rows(self) -> int:
         """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
         likelihood = self._members[0].likelihood
-        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features)
+        components = max([0, *(len(mixture[2]) for mixture in self._mixtures if mixture is not None)])
+        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, components)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
     @cached_property
@@ -132,7 +133,7 @@ class ElboScorer:
         likelihood = self._members[0].likelihood
         if "logits" in heads:
             groups = likelihood.category_logits(heads.pop("logits"))
-            order = np.argsort([member for members, _ in groups for member in members])
+            order = np.argsort([column for columns, _ in groups for column in columns])
             classes = ops.concatenate([ops.argmax(block, axis=-1) + 1 for _, block in groups], axis=-1)
             heads["classes"] = ops.take(classes, order, axis=1)
         return [heads[name] for name in sorted(heads)]

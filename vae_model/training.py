@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from vae_model import files
-from vae_model.config import TrainingConfig, VAEConfig
+from vae_model.config import NUM_SEEDS, TrainingConfig, VAEConfig
 from vae_model.model import Networks, build_vae
 from vae_model.schema import TableSchema
 from vae_model.scoring import ElboScorer, draw_noise
@@ -98,7 +98,7 @@ class Trainer:
         config, training = self._config, self._training
         members, watches = [], []
         for number in range(config.num_members):
-            seed = training.seed + number * _SEED_STRIDE
+            seed = (training.seed + number * _SEED_STRIDE) % NUM_SEEDS
             state = None
             if checkpoint:
                 identity: dict[str, Any] = {
@@ -108,11 +108,11 @@ class Trainer:
                     "num_rows": num_rows,
                     "member": number,
                 }
-                state = Checkpoint(checkpoints(checkpoint, config)[number], identity)
+                state = Checkpoint(_checkpoint_of(checkpoint, number), identity)
 
-            def report(done: int, total: int, losses: dict[str, float], before: int = number) -> None:
+            def report(done: int, total: int, losses: dict[str, float], number: int = number) -> None:
                 if on_progress:
-                    on_progress(before * total + done, config.num_members * total, losses)
+                    on_progress(number * total + done, config.num_members * total, losses)
 
             watch, networks = self._train_member(seed, num_rows, shuffled, validation, report, state, resume)
             watches.append(watch)
@@ -149,7 +149,7 @@ class Trainer:
         # Validates where the trained ones are not plain, and scores: in float32, on one device, as any that is loaded.
         plain = build_vae(self._schema, self._config, seed=seed)
         if plain.prior:
-            some = next(shuffled(np.random.default_rng([seed, 2])))
+            some = next(shuffled(np.random.default_rng([seed, 2])))  # any rows do
             plain.prior.start({name: values[: self._config.num_components] for name, values in some.items()}, seed)
         networks.load_weights(plain.weights)
         batch_size = self._batch_size(num_rows)
@@ -206,9 +206,16 @@ class Trainer:
             self._advance = _mirror_steps(vae, self._networks.kl.weight, self._strategy)
 
 
-def checkpoints(checkpoint: str, config: VAEConfig) -> list[str]:
-    """The files of the members' states."""
-    return [checkpoint, *(f"{checkpoint}-{number}" for number in range(1, config.num_members))]
+def remove_checkpoints(checkpoint: str) -> None:
+    """Deletes the states of all members that are there, also of an earlier training with more of them."""
+    for number in itertools.count():
+        if not files.exists(file := _checkpoint_of(checkpoint, number)):
+            return
+        files.remove(file)
+
+
+def _checkpoint_of(checkpoint: str, number: int) -> str:
+    return f"{checkpoint}-{number}" if number else checkpoint
 
 
 def default_batch_size(num_rows: int) -> int:
