@@ -50,8 +50,9 @@ BAD = [
     (TrainingConfig, "false_positive_rate", 1.0, "a number in (0, 1), got 1.0"),
     (TrainingConfig, "contamination", "5%", "a number in (0, 1), got '5%'"),
     (TrainingConfig, "buffer_mib", 0, "a whole number > 0, got 0"),
-    (TrainingConfig, "seed", -1, "a whole number >= 0, got -1"),
-    (TrainingConfig, "seed", None, "a whole number >= 0, got None"),
+    (TrainingConfig, "seed", -1, "a whole number in [0, 2**32), got -1"),
+    (TrainingConfig, "seed", None, "a whole number in [0, 2**32), got None"),
+    (TrainingConfig, "seed", 2**32, "a whole number in [0, 2**32), got 4294967296"),
 ]
 
 

@@ -182,7 +182,7 @@ class TrainingConfig(_Config):
         _require(
             "kl_warmup", self.kl_warmup, _is_number(self.kl_warmup) and 0 <= self.kl_warmup < 1, "a number in [0, 1)"
         )
-        _require("seed", self.seed, _is_whole(self.seed, 0) and self.seed < NUM_SEEDS, "a whole number below 2**32")
+        _require("seed", self.seed, _is_whole(self.seed, 0) and self.seed < NUM_SEEDS, "a whole number in [0, 2**32)")
         _require("strategy", self.strategy, self.strategy in (None, "mirrored"), "'mirrored' or None")
         precisions = ("float32", "mixed_bfloat16")
         _require("precision", self.precision, self.precision in precisions, " or ".join(map(repr, precisions)))
