@@ -24,7 +24,8 @@ class Scores:
 
     Args:
         column_nll: `(n, features)` float32, E_q[-log p(x_j|z)] of every feature.
-        kl: `(n,)` float32, KL(q(z|x) || p(z)); from the draws of the score where the prior is a mixture.
+        kl: `(n,)` float32, KL(q(z|x) || p(z)); where the prior is a mixture, as the score's draws estimate it, which
+            may be a little below 0.
     """
 
     column_nll: np.ndarray
