@@ -274,14 +274,13 @@ def _run_batch(beam_options: PipelineOptions, runner: str, wait: bool) -> Summar
 def _refuse_unwritable_places(beam_options: PipelineOptions, runner: str) -> None:
     """Tries the places of files, and Beam's own where it needs one, once the pipeline is built."""
     options = beam_options.view_as(ScoringOptions)
-    places = {"output": options.output, "dead_letters": dead_letter_place(options)}
+    for flag, place, _ in _places(options):
+        refuse_unwritable(flag, place)
     temporary = beam_options.view_as(GoogleCloudOptions).temp_location
+    uses_bigquery = any(map(bigquery_place, (options.input, options.output, options.dead_letters)))
     # Dataflow's staging would try for minutes; loads into BigQuery and exports from it fail at their end.
-    if temporary and (runner == "DataflowRunner" or any(map(bigquery_place, (options.input, *places.values())))):
-        places["temp_location"] = temporary
-    for flag, place in places.items():
-        if stream_place(place) is None:
-            refuse_unwritable(flag, place)
+    if temporary and (runner == "DataflowRunner" or uses_bigquery):
+        refuse_unwritable("temp_location", temporary)
 
 
 def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Summary | None:
@@ -306,9 +305,8 @@ def _run_streaming(beam_options: PipelineOptions, runner: str, wait: bool) -> Su
     pipeline = beam.Pipeline(runner=pinned, options=beam_options)
     streaming.build_streaming(pipeline, options, job, count=is_local)
     _refuse_unwritable_places(beam_options, runner)
-    for place in (options.output, dead_letter_place(options)):
-        if stream_place(place) is None:
-            window_files.remove_leftovers(place)
+    for _, place, _ in _places(options):
+        window_files.remove_leftovers(place)
     if not is_local:
         result = pipeline.run()
         if runner != "DataflowRunner" and not is_template:
@@ -374,7 +372,7 @@ def _with_types(found: pa.Schema, schema: TableSchema) -> pa.Schema:
 def _places(options: Any) -> tuple[tuple[str, str, str], ...]:
     """Where the job writes files: the flag, the place, and the files' name in a directory."""
     places = ("output", options.output, "scored"), ("dead_letters", dead_letter_place(options), "dead_letters")
-    return tuple(place for place in places if bigquery_place(place[1]) is None)
+    return tuple(each for each in places if stream_place(each[1]) is None)
 
 
 def _output_files(options: Any) -> dict[str, float]:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +17,7 @@ pytest.importorskip(
 from google.api_core import exceptions
 from google.cloud import pubsub_v1
 from google.pubsub_v1 import types
+from waiting import until
 
 from pipeline.pubsub_emulator import PubSubEmulator
 
@@ -32,13 +32,6 @@ def emulator(monkeypatch):
         emulator.publisher().create_topic(name=TOPIC)
         emulator.subscriber().create_subscription(name=SUBSCRIPTION, topic=TOPIC)
         yield emulator
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
 
 
 def publish(data: list[bytes], **attributes: str) -> None:
@@ -91,7 +84,7 @@ def test_streaming_pull_delivers_every_message_once_in_order(emulator):
         # One thread, so that the client does not change the order.
         scheduler = pubsub_v1.subscriber.scheduler.ThreadScheduler(ThreadPoolExecutor(1))
         stream = client.subscribe(SUBSCRIPTION, callback, scheduler=scheduler)
-        until(lambda: len(got) == len(published) and emulator.num_unacknowledged(SUBSCRIPTION) == 0)
+        until(lambda: len(got) == len(published) and emulator.num_unacknowledged(SUBSCRIPTION) == 0, 10)
         stream.cancel()
         stream.result(timeout=10)
     assert sorted(data for _, data in got) == sorted(published)
@@ -104,7 +97,7 @@ def test_a_stream_holds_no_more_than_it_asked_for(emulator):
     control = pubsub_v1.types.FlowControl(max_messages=10)
     with pubsub_v1.SubscriberClient() as client:
         stream = client.subscribe(SUBSCRIPTION, held.append, flow_control=control)
-        until(lambda: len(held) == 10)
+        until(lambda: len(held) == 10, 10)
         assert len(pull(emulator)) == 20  # the rest is there for another subscriber
         stream.cancel()
         stream.result(timeout=10)
@@ -131,7 +124,7 @@ def test_a_nacked_message_comes_again_at_once(emulator):
 
     with pubsub_v1.SubscriberClient() as client:
         stream = client.subscribe(SUBSCRIPTION, callback)
-        until(lambda: len(got) == 3 and emulator.num_unacknowledged(SUBSCRIPTION) == 0)
+        until(lambda: len(got) == 3 and emulator.num_unacknowledged(SUBSCRIPTION) == 0, 10)
         stream.cancel()
         stream.result(timeout=10)
     assert len(set(got)) == 1
@@ -143,7 +136,7 @@ def test_a_message_comes_again_after_its_deadline_and_a_late_ack_counts_for_noth
     set_deadline(emulator, first, 1)
     start = time.monotonic()
     again: list = []
-    until(lambda: again.extend(pull(emulator)) or again)
+    until(lambda: again.extend(pull(emulator)) or again, 10)
     assert 0.5 < time.monotonic() - start < 5
     assert [item.message.data for item in again] == [b"x"]
     ack(emulator, first)
@@ -158,7 +151,7 @@ def test_a_longer_deadline_keeps_a_message_out(emulator):
     set_deadline(emulator, long, 600)
     set_deadline(emulator, short, 1)
     again: list = []
-    until(lambda: again.extend(pull(emulator)) or again)
+    until(lambda: again.extend(pull(emulator)) or again, 10)
     assert [item.message.data for item in again] == [short[0].message.data]
     ack(emulator, long)
     assert emulator.num_unacknowledged(SUBSCRIPTION) == 1
@@ -182,11 +175,11 @@ def test_a_streaming_client_outlives_a_restart_of_the_server(emulator):
     with pubsub_v1.SubscriberClient() as client:
         stream = client.subscribe(SUBSCRIPTION, lambda message: (got.append(message.data), message.ack()))
         publish([b"before"])
-        until(lambda: got == [b"before"])
+        until(lambda: got == [b"before"], 10)
         emulator.stop()
         emulator.start()
         publish([b"after"])
-        until(lambda: b"after" in got, seconds=30)
+        until(lambda: b"after" in got, 30)
         stream.cancel()
         stream.result(timeout=10)
     assert not stream.running()
@@ -246,7 +239,7 @@ def test_it_leaves_the_environment_alone_and_no_thread_behind():
     with PubSubEmulator() as emulator:
         emulator.publisher().create_topic(name=TOPIC)
     assert dict(os.environ) == environment
-    until(lambda: threading.active_count() <= before)
+    until(lambda: threading.active_count() <= before, 10)
 
 
 def test_as_a_program_it_says_where_it_is_and_ends_when_interrupted():

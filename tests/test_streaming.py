@@ -1,6 +1,5 @@
 import argparse
 import datetime
-import faulthandler
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from apache_beam.testing.test_stream import TestStream
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import GlobalWindow, TimestampedValue
 from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
+from waiting import until
 
 from pipeline import streaming, window_files
 from pipeline.command import main
@@ -815,13 +815,13 @@ def pulled(emulator, name: str) -> list:
     return found
 
 
-def run_until(argv: list[str], act, seconds: float = 60):
+def run_until(argv: list[str], act):
     """Runs the job here; when `act`, in a thread, has returned, the job is drained by SIGTERM."""
     ended, errors = threading.Event(), []
 
     def meanwhile():
         try:
-            act(time.monotonic() + seconds)
+            act()
         except BaseException as error:
             errors.append(error)
         if not ended.is_set():
@@ -838,14 +838,6 @@ def run_until(argv: list[str], act, seconds: float = 60):
     return summary
 
 
-def until(condition, end: float) -> None:
-    while not condition():
-        if time.monotonic() > end:
-            faulthandler.dump_traceback(all_threads=True)  # where the job stands
-            raise AssertionError("not within its time")
-        time.sleep(0.02)
-
-
 def test_from_topic_to_topic_each_message_comes_out_once_though_the_server_restarts(
     emulator, first, first_uri, mixed_table
 ):
@@ -855,13 +847,13 @@ def test_from_topic_to_topic_each_message_comes_out_once_though_the_server_resta
     def num_out():
         return sum(emulator.num_unacknowledged(f"{PROJECT}/subscriptions/{name}") for name in ("out", "dead"))
 
-    def act(end):
+    def act():
         emulator.publisher().publish(topic=f"{PROJECT}/topics/in", messages=sent[:60])
-        until(lambda: num_out() >= 60, end)
+        until(lambda: num_out() >= 60)
         emulator.stop()
         emulator.start()
         emulator.publisher().publish(topic=f"{PROJECT}/topics/in", messages=sent[60:])
-        until(lambda: num_out() >= 120, end)
+        until(lambda: num_out() >= 120)
 
     places = {"output": f"pubsub:{PROJECT}/topics/out", "dead_letters": f"pubsub:{PROJECT}/topics/dead"}
     summary = run_until(["--streaming", *stream_flags(first_uri, **places)], act)
@@ -888,10 +880,10 @@ def test_from_a_topic_to_files_by_window_late_events_have_their_own_window(emula
         message["attributes"]["at"] = past.isoformat().replace("+00:00", "Z")
     late = {json.loads(message["data"])["id"] for message in sent[::7] if message["data"].count(b'"id"')}
 
-    def act(end):
+    def act():
         emulator.publisher().publish(topic=f"{PROJECT}/topics/in", messages=sent)
         # The job is drained with messages on their way in it, which are acknowledged and come from nowhere again.
-        until(lambda: not emulator.num_unacknowledged(f"{PROJECT}/subscriptions/in"), end)
+        until(lambda: not emulator.num_unacknowledged(f"{PROJECT}/subscriptions/in"))
 
     flags = stream_flags(
         first_uri, tmp_path / "out", window_secs=2, timestamp_attribute="at", columns="id,color", reasons=1

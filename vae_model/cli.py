@@ -86,7 +86,7 @@ def _add_fit(commands: Any) -> None:
     _add_settings(
         add,
         ("hidden_dims", _widths, "Widths of the hidden layers, separated by commas."),
-        ("latent_dim", int, "Latents."),
+        ("latent_dim", int, "Latents; one per input, at most 16, where the quality says nothing else."),
         ("beta", float, "Weight of the KL term in training."),
         ("num_samples", int, "Noise draws per score."),
         ("max_steps", int, "Optimizer steps at most; by default by the number of rows."),

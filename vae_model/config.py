@@ -63,7 +63,7 @@ class VAEConfig(_Config):
             change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
             are drawn in antithetic pairs.
-        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of the encodings of learned rows.
+        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of the encodings of pseudo-inputs.
         num_components: Gaussians in such a mixture.
         num_members: Networks trained alike from other first weights; the score is the mean of theirs.
     """

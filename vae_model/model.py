@@ -153,7 +153,7 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
     likelihood = ColumnNLL(spec, name="likelihood")
     noise = keras.Input((latent_dim,), name="noise")
     sample, prior = Sampling(name="sampling"), None
-    kl_layer: KLDivergence | MixtureKLDivergence
+    kl_layer: KLDivergence
     if config.prior == "normal":
         kl_layer = KLDivergence(config.beta, name="kl")
         z_mean, z_log_var = kl_layer([z_mean, z_log_var])

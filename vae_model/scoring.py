@@ -77,21 +77,18 @@ class ElboScorer:
     def _batch_rows(self) -> int:
         """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
         likelihood = self._members[0].likelihood
-        components = max([0, *(len(mixture[2]) for mixture in self._mixtures if mixture is not None)])
-        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, components)
+        prior = self._members[0].prior
+        num_components = prior.pseudo_inputs.num_rows if prior else 0
+        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, num_components)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
-
-    @cached_property
-    def _mixtures(self) -> list[Any]:
-        """The priors that are mixtures, as constants; None for the others."""
-        return [member.prior and [part.numpy() for part in member.prior.components()] for member in self._members]
 
     # One graph for every batch size, traced on first use.
 
     @cached_property
     def _elbo_terms(self) -> Any:
-        _ = self._mixtures  # outside of the graph
-        return self._compile(self._elbo_terms_eagerly)
+        # Priors that are mixtures, as constants of the graph; None for the others.
+        mixtures = [member.prior and [part.numpy() for part in member.prior.components()] for member in self._members]
+        return self._compile(lambda inputs: self._elbo_terms_eagerly(inputs, mixtures))
 
     @cached_property
     def _latents(self) -> Any:
@@ -108,9 +105,9 @@ class ElboScorer:
         }
         return tf.function(function, input_signature=[signature], autograph=False).get_concrete_function()
 
-    def _elbo_terms_eagerly(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    def _elbo_terms_eagerly(self, inputs: dict[str, Any], mixtures: Sequence[Any]) -> tuple[Any, Any]:
         column_nll, kl = [], []
-        for member, mixture in zip(self._members, self._mixtures, strict=True):
+        for member, mixture in zip(self._members, mixtures, strict=True):
             z_mean, z_log_var = member.encoder(inputs, training=False)
             stddev = ops.exp(0.5 * z_log_var)
             draws = [z_mean + stddev * eps for eps in self.noise]
