@@ -54,37 +54,35 @@ NUM_PUBLISHED = 4  # shown table by table; the means are of all
 # ---- methods -------------------------------------------------------------------------------------
 
 
-def fit_ours(quality: str, seed: int, train: pa.Table) -> Bundle:
+def fit_ours(quality: str, seed: int, train: pa.Table, contamination: float | None = None) -> Bundle:
     """The public fit with its defaults."""
     from vae_model import TrainingConfig, fit
 
-    return fit(train, training=TrainingConfig(seed=seed), quality=quality)
+    return fit(train, training=TrainingConfig(seed=seed, contamination=contamination), quality=quality)
 
 
-def ours(quality: str, seed: int, train: pa.Table) -> Fitted:
+def ours(quality: str, seed: int, train: pa.Table, contamination: float | None = None) -> Fitted:
     """The public fit and score."""
-    bundle = fit_ours(quality, seed, train)
+    bundle = fit_ours(quality, seed, train, contamination)
     version = f"beam-vae {bundle.card['versions']['beam-vae']}, model {bundle.model_version}"
     return Fitted(lambda table: bundle.score(table).column("anomaly_score").to_numpy(), version)
 
 
 OURS = ("fast", "default", "best")
-METHODS = {
-    **{name: Method(functools.partial(ours, name), ("tensorflow", "keras", "vae_model.training")) for name in OURS},
-    **PEERS,
-}
+OUR_MODULES = ("tensorflow", "keras", "vae_model.training")
+METHODS = {**{name: Method(functools.partial(ours, name), OUR_MODULES) for name in OURS}, **PEERS}
 
 
-def measure(method: str, seed: int, split: Split) -> Row:
+def measure(method: Method, seed: int, split: Split) -> Row:
     """One run's results; a detector that fails, or whose scores are not finite, has an error and no figures."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     found: Row = {"train_rows": split.train.num_rows, "test_rows": split.test.num_rows}
     found["anomalies"] = int(split.anomalous.sum())
     try:
-        METHODS[method].load()
+        method.load()
         start = time.perf_counter()
-        fitted = METHODS[method].fit(seed, split.train)
+        fitted = method.fit(seed, split.train)
         found |= {"fit_seconds": time.perf_counter() - start, "version": fitted.version}
         start = time.perf_counter()
         scores = np.asarray(fitted.score(split.test), np.float64)
@@ -109,7 +107,7 @@ def work(job: Sequence[Row]) -> Iterator[Row]:
     size = {"rows": table.rows.num_rows, "columns": table.rows.num_columns}
     split = PROTOCOLS[first["protocol"]](table, first["seed"], first["cap"])
     for run in job:
-        yield {**run, **size, **measure(run["method"], run["seed"], split)}
+        yield {**run, **size, **measure(METHODS[run["method"]], run["seed"], split)}
 
 
 def describe(row: Row) -> str:

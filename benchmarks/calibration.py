@@ -6,13 +6,15 @@
 `calibration` fits on a random half of a table's normal rows and scores the other half: the Kolmogorov-Smirnov test
 between their scores and the calibration scores, the share of them with a p-value at most 10, 1 and 0.1 %, with its
 99 % beta-binomial interval, and how many lie beyond all calibration rows. `contamination` mixes 0, 1, 5 and 10 % of
-anomalies into the training rows and tests on the same other rows. `stability` fits twice on the same rows, with
+anomalies into the training rows and tests on the same other rows;
+`default_told` is `default` with that share as its `contamination`. `stability` fits twice on the same rows, with
 different seeds, and correlates the scores of the test rows (Spearman). Every run is a line of the CSV file, appended
 once it is done; a second start does only what is missing, and without --data only prints.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +24,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import betabinom, ks_2samp, spearmanr
 
-from benchmarks.accuracy import METHODS, OURS, fit_ours, measure
+from benchmarks.accuracy import METHODS, OUR_MODULES, OURS, fit_ours, measure, ours
+from benchmarks.peers import Method
 from benchmarks.runs import Grid, Row, Runs, arguments, failures, hand_over, run_all, told
 from benchmarks.tables import Labelled, contaminated_split, count_normal, find_tables, holdout_split, read_table
 
+TOLD = "default_told"
 KEY = ("what", "share", "cap", "table", "seed", "method")
 RATES = {"10 %": 0.1, "1 %": 0.01, "0.1 %": 0.001}
 SHARES = (0.0, 0.01, 0.05, 0.1)
@@ -63,8 +67,15 @@ def calibrated(table: Labelled, run: Row) -> Row:
 
 def contaminated(table: Labelled, run: Row) -> Row:
     """How well anomalies are found by a model that was trained on some."""
-    split = contaminated_split(table, run["seed"], run["cap"], float(run["share"]))
-    return measure(run["method"], run["seed"], split)
+    share = float(run["share"])
+    split = contaminated_split(table, run["seed"], run["cap"], share)
+    method = METHODS[run["method"]] if run["method"] in METHODS else told_the_share(share)
+    return measure(method, run["seed"], split)
+
+
+def told_the_share(share: float) -> Method:
+    """`default`, told how many of its training rows are anomalies."""
+    return Method(functools.partial(ours, "default", contamination=share or None), OUR_MODULES)
 
 
 def stable(table: Labelled, run: Row) -> Row:
@@ -215,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, "benchmarks/scratch/calibration.csv")
     parser.add_argument("--what", choices=list(WHATS), default="calibration")
     help = "By default `default`; `calibration` is of ours only."
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["default"], help=help)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, TOLD], default=["default"], help=help)
     help = "`calibration` leaves out tables with fewer normal rows (1,500)."
     parser.add_argument("--min_normal", type=int, default=1500, help=help)
     args = parser.parse_args(argv)
     if args.one:
         hand_over(work(json.loads(args.one)))
         return
+    if args.what != "contamination" and TOLD in args.methods:
+        parser.error(f"--methods: {TOLD} is for contamination alone")
     if args.what == "calibration" and (peers := sorted(set(args.methods) - set(OURS))):
         parser.error(f"--methods: expected some of {', '.join(OURS)}, got {', '.join(peers)}, which have no p-values")
     runs = Runs(args.out, KEY, NUMBERS, ["calibrated_by"])

@@ -196,21 +196,21 @@ def test_peers_find_what_is_far_away(name):
     anomalous = np.arange(200) < 50
     test = pa.table({"x": rng.normal(size=200) + 9 * anomalous, "y": rng.normal(size=200) - 9 * anomalous})
     train = pa.table({"x": rng.normal(size=200), "y": rng.normal(size=200)})
-    found = measure(name, 0, tables.Split(train, test, anomalous))
+    found = measure(method, 0, tables.Split(train, test, anomalous))
     assert found["error"] == ""
     assert found["auroc"] > 0.95
 
 
-def test_failures_are_results(monkeypatch):
+def test_failures_are_results():
     pytest.importorskip("sklearn")
     split = tables.holdout_split(labelled(100, 10), 0, 100)
     scores = np.arange(55.0)
-    monkeypatch.setitem(accuracy.METHODS, "mine", Method(lambda seed, train: Fitted(lambda table: scores, "1"), ()))
-    assert measure("mine", 0, split)["distinct_scores"] == 55
+    mine = Method(lambda seed, train: Fitted(lambda table: scores, "1"), ())
+    assert measure(mine, 0, split)["distinct_scores"] == 55
     scores[3] = np.inf
-    assert measure("mine", 0, split)["error"] == "ValueError: 1 of 55 scores are not finite, of 55 rows"
+    assert measure(mine, 0, split)["error"] == "ValueError: 1 of 55 scores are not finite, of 55 rows"
     scores = scores[4:]
-    assert "0 of 51 scores are not finite, of 55 rows" in measure("mine", 0, split)["error"]
+    assert "0 of 51 scores are not finite, of 55 rows" in measure(mine, 0, split)["error"]
 
 
 # ---- runs ------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ from vae_model.statistics import TableStatistics
 from vae_model.tables import Block, MemoryTables, Tables, open_tables
 
 if TYPE_CHECKING:
+    from vae_model.scoring import ElboScorer
     from vae_model.training import TrainedModel, Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ Arrays = dict[str, np.ndarray]
 _NUM_FOLDS = 5
 _SHUFFLED_BYTES = 32 << 20
 _NUM_GOLDEN = 16
+_MAX_LEFT_OUT = 0.2  # share of rows that one look at contaminated data may take for anomalies
+_MAX_NORMAL_SCORE = 5.0
 
 
 def fit(
@@ -131,6 +134,8 @@ def fit(
     checkpoint = f"{output.rstrip('/')}.checkpoint" if output else None
     num_train = int(scan.num_rows[TRAIN])
     steps = _Steps(tables, schema, scan.statistics, config, training, split, report, num_train, checkpoint, resume)
+    if training.contamination is not None:
+        steps = steps.without_strangest(min(2 * training.contamination, _MAX_LEFT_OUT))
     bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
     if output and checkpoint:
@@ -155,13 +160,50 @@ class _Steps:
     num_train: int
     checkpoint: str | None = None
     resume: bool = False
+    left_out: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on
+
+    def without_strangest(self, share: float) -> _Steps:
+        """The same steps on rows that contain fewer anomalies: the strangest are left out, twice the same share.
+
+        First by what each column says alone, where a cluster of anomalies shows that a network would learn; then by
+        a network that was trained on the others.
+        """
+        steps = self._without("columns alone", share, partial(independent_nll, schema=self.schema))
+        scorer = steps._first_network()
+        return steps._without("first network", share, lambda table: scorer.score(steps._encode(table)).score)
+
+    def _without(self, stage: str, share: float, strangeness: Callable[[pa.Table], np.ndarray]) -> _Steps:
+        """Leaves out the rows above the quantile `1 - share` of what `strangeness` says of a table's rows, `(n,)`."""
+        n = self.tables.num_rows
+        roles, found = np.full(n, LEFT_OUT, np.int8), np.zeros(n, np.float32)
+        for start, table in self.tables.scan(self._columns):
+            end = start + table.num_rows
+            roles[start:end] = self._roles(table, start)
+            rows = roles[start:end] < CALIBRATION
+            if rows.any():
+                table = table.select(self.schema.names).filter(pa.array(rows))
+                found[start + np.flatnonzero(rows)] = strangeness(table)
+            self.report(stage, end, n, {})
+        left_out = roles == LEFT_OUT
+        for role in (TRAIN, VALIDATION):  # each by its own quantile, which leaves it at least one row
+            if (rows := roles == role).any():
+                left_out |= rows & (found > np.quantile(found[rows], 1 - share))
+        return replace(self, left_out=left_out, num_train=int(((roles == TRAIN) & ~left_out).sum()))
+
+    def _first_network(self) -> ElboScorer:
+        one = replace(self, config=replace(self.config, num_members=1), checkpoint=None)
+        if self.split.cross_conformal:
+            inputs = one._encode(pa.concat_tables(table for _, table in one._scan(None)))
+            return one._train_rows(inputs, one._kept(len(inputs["present"])), "first network").scorer
+        return one._train(one.num_train, one._shuffled, one._validation(), "first network").scorer
 
     def held_out(self) -> Bundle:
-        validation = pa.concat_tables(table for _, table in self._scan(VALIDATION))
-        inputs = encode(validation, self.schema, self.config.views).inputs
-        trained = self._train(self.num_train, self._shuffled, inputs, "training", self.checkpoint)
+        trained = self._train(self.num_train, self._shuffled, self._validation(), "training", self.checkpoint)
         calibration, examples = self._calibrate(trained)
         return self._finish(trained, calibration, examples)
+
+    def _validation(self) -> Arrays:
+        return self._encode(pa.concat_tables(table for _, table in self._scan(VALIDATION)))
 
     def _calibrate(self, trained: TrainedModel) -> tuple[Calibration, pa.Table]:
         """Scores the calibration rows block by block, and keeps a few as examples."""
@@ -169,7 +211,7 @@ class _Steps:
         examples: list[pa.Table] = []
         for end, table in self._scan(CALIBRATION):
             if table.num_rows:
-                terms = trained.scorer.score(encode(table, self.schema, self.config.views).inputs)
+                terms = trained.scorer.score(self._encode(table))
                 scores.append(terms.score)
                 nll.append(terms.column_nll)
                 if sum(part.num_rows for part in examples) < 10 * _NUM_GOLDEN:
@@ -181,17 +223,18 @@ class _Steps:
         """Every row is scored by a model that was not trained on it; the final model trains on all (Vovk, 2015)."""
         table = pa.concat_tables(table for _, table in self._scan(None))
         n = table.num_rows
+        kept = self._kept(n)
         rng = np.random.default_rng(self.training.seed)
         fold = rng.permutation(np.arange(n) % _NUM_FOLDS)
-        inputs = encode(table, self.schema, self.config.views).inputs
+        inputs = self._encode(table)
         scores = np.zeros(n, np.float32)
         nll = np.zeros((n, len(self.schema.features)), np.float32)
         for k in range(_NUM_FOLDS):
-            trained = self._train_rows(inputs, np.flatnonzero(fold != k), f"fold {k + 1} of {_NUM_FOLDS}")
+            trained = self._train_rows(inputs, kept[fold[kept] != k], f"fold {k + 1} of {_NUM_FOLDS}")
             held_out = np.flatnonzero(fold == k)
             terms = trained.scorer.score({name: values[held_out] for name, values in inputs.items()})
             scores[held_out], nll[held_out] = terms.score, terms.column_nll
-        trained = self._train_rows(inputs, np.arange(n), "training")
+        trained = self._train_rows(inputs, kept, "training")
         return self._finish(trained, calibrate(scores, nll, "cross-conformal"), table)
 
     def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str) -> TrainedModel:
@@ -259,7 +302,12 @@ class _Steps:
             threshold=threshold,
             statistics=self.statistics,
             golden=golden.combine_chunks(),
-            card={"training": trained.summary},
+            card={
+                "training": {
+                    **trained.summary,
+                    "num_left_out": 0 if self.left_out is None else int(self.left_out.sum()),
+                }
+            },
             history=trained.history,
         )
         bundle.golden = bundle.score(bundle.golden)
@@ -269,11 +317,26 @@ class _Steps:
 
     def _scan(self, role: int | None, blocks: Sequence[Block] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """The features of rows that have a role (None: all but those left out), each part with where it ends."""
-        names = list(dict.fromkeys([*self.schema.names, *self.split.columns]))
-        for start, table in self.tables.scan(names, blocks):
-            roles = self.split.roles(table, start)
-            keep = roles != LEFT_OUT if role is None else roles == role
+        for start, table in self.tables.scan(self._columns, blocks):
+            keep = self.split.roles(table, start) != LEFT_OUT if role is None else self._roles(table, start) == role
             yield start + table.num_rows, table.select(self.schema.names).filter(pa.array(keep))
+
+    def _roles(self, table: pa.Table, start: int) -> np.ndarray:
+        roles = self.split.roles(table, start)
+        if self.left_out is None:
+            return roles
+        return np.where(self.left_out[start : start + table.num_rows], LEFT_OUT, roles)
+
+    def _kept(self, num_rows: int) -> np.ndarray:
+        """Positions of the rows to learn from among all."""
+        return np.arange(num_rows) if self.left_out is None else np.flatnonzero(~self.left_out)
+
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys([*self.schema.names, *self.split.columns]))
+
+    def _encode(self, table: pa.Table) -> Arrays:
+        return encode(table, self.schema, self.config.views).inputs
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[Arrays]:
         """One pass over the training rows: row groups in random order, shuffled buffer by buffer."""
@@ -302,7 +365,7 @@ class _Steps:
 
     @cached_property
     def _row_bytes(self) -> int:
-        nothing = encode(self.tables.schema.empty_table(), self.schema, self.config.views).inputs
+        nothing = self._encode(self.tables.schema.empty_table())
         return sum(values.itemsize * values.shape[1] for values in nothing.values())
 
     @cached_property
@@ -314,7 +377,7 @@ class _Steps:
 
     def _encoded(self, blocks: Sequence[Block]) -> Iterator[Arrays]:
         for _, table in self._scan(TRAIN, blocks):
-            yield encode(table, self.schema, self.config.views).inputs
+            yield self._encode(table)
 
 
 def _joined(parts: list[Arrays]) -> Arrays:
@@ -322,6 +385,25 @@ def _joined(parts: list[Arrays]) -> Arrays:
     rows = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     parts.clear()
     return rows
+
+
+def independent_nll(table: pa.Table, schema: TableSchema) -> np.ndarray:
+    """`(n,)` nats of rows whose columns had nothing to do with each other, but for a constant.
+
+    Numbers cost their normal scores, levels and missing values their frequency, times nothing.
+    """
+    inputs = encode(table, schema, ("quantile",)).inputs
+    nll = inputs["fixed_nll"].sum(axis=1)
+    if schema.numeric:
+        scores = np.clip(inputs["numbers"], -_MAX_NORMAL_SCORE, _MAX_NORMAL_SCORE)
+        nll += 0.5 * np.square(scores).sum(axis=1)
+    for j, category in enumerate(schema.learned_categories):
+        of_class = -np.log(np.append(1.0, category.class_probabilities))  # class 0: in fixed_nll, or missing
+        nll += of_class[inputs["categories"][:, j]]
+    for j, feature in enumerate(schema.features):
+        if feature.nullable:
+            nll += np.where(inputs["present"][:, j] > 0, *feature.missing_nll())
+    return nll
 
 
 def synthetic_rows(schema: TableSchema, num_rows: int, seed: int) -> pa.Table:
