@@ -1,17 +1,20 @@
+import dataclasses
 import logging
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import betabinom, binom, ks_2samp
+from scipy.stats import betabinom, binom, ks_2samp, mannwhitneyu, norm, rankdata
 
 from vae_model import TrainingConfig, VAEConfig, fit, load_bundle
 from vae_model.bundle import Bundle, score_fields
 from vae_model.encoding import encode
-from vae_model.fitting import _Steps, synthetic_rows
+from vae_model.fitting import _Steps, independent_nll, synthetic_rows
+from vae_model.report import training_facts
 from vae_model.scan import CALIBRATION, LEFT_OUT, TRAIN, VALIDATION, Split, choose_split, scan_table, uniform
 from vae_model.schema import choose_kinds, infer_schema
 from vae_model.tables import RecordError, open_tables
@@ -292,6 +295,86 @@ def test_a_rate_too_small_for_the_rows_is_extrapolated_and_said(caplog):
         bundle = fit(numbers(400), CONFIG, training)
     assert bundle.threshold.extrapolated
     assert f"{bundle.calibration.num_rows} calibration rows are too few for a rate of 0.001" in caplog.text
+
+
+# ---- contaminated rows -----------------------------------------------------------------------------
+
+ROBUST = VAEConfig(hidden_dims=(32,), latent_dim=2, num_samples=2)
+
+
+def crowd(num_rows: int, num_strange: int) -> tuple[pa.Table, np.ndarray]:
+    """Rows of which some are alike and break the correlation of the others, and which of them do."""
+    rng = np.random.default_rng(5)
+    strange = rng.permutation(num_rows) < num_strange
+    rows = rng.normal(size=(num_rows, 1)) + rng.normal(scale=0.3, size=(num_rows, 6))
+    rows[strange] = rng.normal([2, -2, 2, -2, 2, -2], 0.05, size=(num_strange, 6))
+    return pa.table(dict(zip("abcdef", rows.T, strict=True))), strange
+
+
+def auroc(scores: np.ndarray, strange: np.ndarray) -> float:
+    return mannwhitneyu(scores[strange], scores[~strange]).statistic / strange.sum() / (~strange).sum()
+
+
+def test_declared_anomalies_are_not_learned():
+    table, _ = crowd(2400, 240)
+    training = TrainingConfig(max_steps=600, contamination=0.1)
+    robust = fit(table, ROBUST, training)
+    plain = fit(table, ROBUST, dataclasses.replace(training, contamination=None))
+    assert robust.calibration.num_rows == plain.calibration.num_rows  # the threshold needs all of them
+    fresh, strange = crowd(4000, 400)
+    scores = [bundle.score(fresh).column("anomaly_score").to_numpy() for bundle in (robust, plain)]
+    assert auroc(scores[0], strange) > max(0.99, auroc(scores[1], strange) + 0.05)
+
+
+def test_declared_anomalies_of_small_tables_are_left_out_of_every_fold():
+    table, _ = crowd(400, 20)
+    bundle = fit(table, CONFIG, TrainingConfig(max_steps=10, contamination=0.05))
+    assert bundle.calibration.num_rows == 400
+    assert bundle.card["training"]["num_left_out"] == pytest.approx(400 * (1 - 0.9**2), abs=3)
+
+
+def test_the_strangest_are_left_out_twice_and_calibrate_all_the_same():
+    table, strange = crowd(2400, 120)
+    training = TrainingConfig(max_steps=600)
+    steps, split = steps_of(table, training)
+    steps.leave_out_strangest(0.1)
+    roles = split.roles(table, 0)
+    learned = roles < CALIBRATION
+    assert steps.left_out is not None
+    assert steps.left_out[learned].mean() == pytest.approx(1 - 0.9**2, abs=0.002)
+    assert not steps.left_out[~learned].any()
+    assert steps.left_out[learned & strange].mean() > 0.95
+    passed = [len(block["present"]) for block in steps._shuffled(np.random.default_rng(0))]
+    assert sum(passed) == steps.num_train == (~steps.left_out & (roles == TRAIN)).sum()
+    assert len(steps._validation()["present"]) == (~steps.left_out & (roles == VALIDATION)).sum()
+
+
+def test_few_rows_lose_some_and_never_all():
+    training = TrainingConfig(max_steps=10, contamination=0.4, calibration_fraction=0.5)
+    bundle = fit(numbers(60), CONFIG, training)
+    training_card = bundle.card["training"]
+    assert 0 < training_card["num_left_out"] < bundle.statistics.num_rows / 2
+    assert np.isfinite(bundle.history[-1]["val_loss"])
+    assert f"{training_card['num_left_out']} rows left out as suspects" in training_facts(bundle)["training"]
+
+
+def test_columns_alone_cost_what_their_frequencies_say():
+    rng = np.random.default_rng(0)
+    n = 5000
+    x = rng.exponential(size=n)
+    level = rng.choice(["a", "b", "c"], n, p=[0.7, 0.25, 0.05])
+    missing = rng.random(n) < 0.1
+    table = pa.table({"x": x, "level": level, "gap": pa.array(rng.normal(size=n), mask=missing)})
+    steps, _ = steps_of(table, TrainingConfig())
+    nll = independent_nll(table, steps.schema)
+    counts = pd.Series(level).value_counts()
+    expected = -np.log(counts[level].to_numpy() / n) - np.log(np.where(missing, missing.mean(), 1 - missing.mean()))
+    gap = np.where(missing, np.nan, table["gap"].to_numpy())
+    for column in (x, gap):
+        scores = norm.ppf((rankdata(column, nan_policy="omit") - 0.5) / np.isfinite(column).sum())
+        expected += 0.5 * np.nan_to_num(scores) ** 2
+    difference = nll - expected
+    assert np.quantile(np.abs(difference - np.median(difference)), 0.95) < 0.1
 
 
 # ---- golden rows -----------------------------------------------------------------------------------

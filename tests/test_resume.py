@@ -65,6 +65,22 @@ def test_a_resumed_fit_ends_with_the_same_bundle(step, table, whole, tmp_path):
     assert not Path(f"{output}.checkpoint").exists()
 
 
+def test_a_resumed_fit_of_contaminated_rows_ends_with_the_same_bundle(table, tmp_path):
+    training = steps(200, contamination=0.05)
+    fit_until(table, str(tmp_path / "bundle"), 100, training)
+    resumed_from = []
+    resumed = fit(
+        table,
+        CONFIG,
+        training,
+        output=str(tmp_path / "bundle"),
+        resume=True,
+        on_progress=lambda stage, done, total, losses: resumed_from.append(done) if stage == "training" else None,
+    )
+    assert resumed_from[0] > 80
+    assert resumed.model_version == fit(table, CONFIG, training).model_version
+
+
 def test_a_fit_removes_the_checkpoints_of_one_that_had_more_members(table, tmp_path):
     output = tmp_path / "bundle"
     fit_until(table, str(output), 150, steps(100), dataclasses.replace(CONFIG, num_members=2))

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -135,7 +135,7 @@ def fit(
     num_train = int(scan.num_rows[TRAIN])
     steps = _Steps(tables, schema, scan.statistics, config, training, split, report, num_train, checkpoint, resume)
     if training.contamination is not None:
-        steps = steps.without_strangest(min(2 * training.contamination, _MAX_LEFT_OUT))
+        steps.leave_out_strangest(min(2 * training.contamination, _MAX_LEFT_OUT))
     bundle = steps.cross_conformal() if split.cross_conformal else steps.held_out()
     bundle.card = card(tables, data, bundle, training)
     if output and checkpoint:
@@ -162,17 +162,17 @@ class _Steps:
     resume: bool = False
     left_out: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on
 
-    def without_strangest(self, share: float) -> _Steps:
-        """The same steps on rows that contain fewer anomalies: the strangest are left out, twice the same share.
+    def leave_out_strangest(self, share: float) -> None:
+        """Learns from rows that contain fewer anomalies: leaves the strangest out, twice the same share.
 
         First by what each column says alone, where a cluster of anomalies shows that a network would learn; then by
         a network that was trained on the others.
         """
-        steps = self._without("columns alone", share, partial(independent_nll, schema=self.schema))
-        scorer = steps._first_network()
-        return steps._without("first network", share, lambda table: scorer.score(steps._encode(table)).score)
+        self._leave_out("columns alone", share, partial(independent_nll, schema=self.schema))
+        scorer = self._first_network()
+        self._leave_out("first network", share, lambda table: scorer.score(self._encode(table)).score)
 
-    def _without(self, stage: str, share: float, strangeness: Callable[[pa.Table], np.ndarray]) -> _Steps:
+    def _leave_out(self, stage: str, share: float, strangeness: Callable[[pa.Table], np.ndarray]) -> None:
         """Leaves out the rows above the quantile `1 - share` of what `strangeness` says of a table's rows, `(n,)`."""
         n = self.tables.num_rows
         roles, found = np.full(n, LEFT_OUT, np.int8), np.zeros(n, np.float32)
@@ -188,17 +188,20 @@ class _Steps:
         for role in (TRAIN, VALIDATION):  # each by its own quantile, which leaves it at least one row
             if (rows := roles == role).any():
                 left_out |= rows & (found > np.quantile(found[rows], 1 - share))
-        return replace(self, left_out=left_out, num_train=int(((roles == TRAIN) & ~left_out).sum()))
+        self.left_out, self.num_train = left_out, int(((roles == TRAIN) & ~left_out).sum())
+        vars(self).pop("_cached", None)  # holds the rows that were learned from before
 
     def _first_network(self) -> ElboScorer:
-        one = replace(self, config=replace(self.config, num_members=1), checkpoint=None)
+        """Of one member, trained on the rows that are not left out."""
         if self.split.cross_conformal:
-            inputs = one._encode(pa.concat_tables(table for _, table in one._scan(None)))
-            return one._train_rows(inputs, one._kept(len(inputs["present"])), "first network").scorer
-        return one._train(one.num_train, one._shuffled, one._validation(), "first network").scorer
+            inputs = self._encode(pa.concat_tables(table for _, table in self._scan(None)))
+            rows = self._kept(len(inputs["present"]))
+            return self._train_rows(inputs, rows, "first network", num_members=1).scorer
+        return self._train(self.num_train, self._shuffled, self._validation(), "first network", num_members=1).scorer
 
     def held_out(self) -> Bundle:
-        trained = self._train(self.num_train, self._shuffled, self._validation(), "training", self.checkpoint)
+        saved = {"checkpoint": self.checkpoint, "resume": self.resume}
+        trained = self._train(self.num_train, self._shuffled, self._validation(), "training", **saved)
         calibration, examples = self._calibrate(trained)
         return self._finish(trained, calibration, examples)
 
@@ -237,7 +240,7 @@ class _Steps:
         trained = self._train_rows(inputs, kept, "training")
         return self._finish(trained, calibrate(scores, nll, "cross-conformal"), table)
 
-    def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str) -> TrainedModel:
+    def _train_rows(self, inputs: Arrays, rows: np.ndarray, stage: str, **options: Any) -> TrainedModel:
         """Trains on rows in memory, a tenth of them held out for early stopping."""
         order = np.random.default_rng(self.training.seed).permutation(rows)
         num_validation = max(1, round(len(rows) * self.split.validation))
@@ -248,7 +251,7 @@ class _Steps:
             yield {name: values[shuffle] for name, values in inputs.items()}
 
         validation = {name: values[held] for name, values in inputs.items()}
-        return self._train(len(train), shuffled, validation, stage)
+        return self._train(len(train), shuffled, validation, stage, **options)
 
     def _train(
         self,
@@ -256,15 +259,14 @@ class _Steps:
         shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
         validation: Arrays,
         stage: str,
-        checkpoint: str | None = None,
+        **options: Any,
     ) -> TrainedModel:
         return self._trainer.train(
             num_rows=num_rows,
             shuffled=shuffled,
             validation=validation,
             on_progress=lambda done, total, losses: self.report(stage, done, total, losses),
-            checkpoint=checkpoint,
-            resume=self.resume,
+            **options,
         )
 
     @cached_property

@@ -78,6 +78,7 @@ class Trainer:
         on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
         checkpoint: str | None = None,
         resume: bool = False,
+        num_members: int | None = None,
     ) -> TrainedModel:
         """Trains on encoded rows, keeping the weights with the least validation loss.
 
@@ -90,14 +91,16 @@ class Trainer:
                 end in their numbers.
             resume: Go on from the checkpoints, if there are any: the weights become those of a run without
                 interruption.
+            num_members: Instead of the configuration's.
 
         Raises:
             TrainingError: The loss is no longer finite.
             ValueError: A checkpoint is of another training.
         """
         config, training = self._config, self._training
+        num_members = num_members or config.num_members
         members, watches = [], []
-        for number in range(config.num_members):
+        for number in range(num_members):
             seed = (training.seed + number * _SEED_STRIDE) % NUM_SEEDS
             state = None
             if checkpoint:
@@ -112,7 +115,7 @@ class Trainer:
 
             def report(done: int, total: int, losses: dict[str, float], number: int = number) -> None:
                 if on_progress:
-                    on_progress(number * total + done, config.num_members * total, losses)
+                    on_progress(number * total + done, num_members * total, losses)
 
             watch, networks = self._train_member(seed, num_rows, shuffled, validation, report, state, resume)
             watches.append(watch)
