@@ -116,7 +116,7 @@ class VAEConfig(_Config):
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"hidden_dims": (64, 32), "latent_dim": 8, "num_samples": 1},
     "default": {},
-    "best": {"prior": "mixture", "num_members": 3, "num_samples": 8},
+    "best": {"prior": "mixture", "num_members": 3, "num_samples": 2},
 }
 
 
