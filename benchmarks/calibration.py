@@ -6,10 +6,10 @@
 `calibration` fits on a random half of a table's normal rows and scores the other half: the Kolmogorov-Smirnov test
 between their scores and the calibration scores, the share of them with a p-value at most 10, 1 and 0.1 %, with its
 99 % beta-binomial interval, and how many lie beyond all calibration rows. `contamination` mixes 0, 1, 5 and 10 % of
-anomalies into the training rows and tests on the same other rows;
-`default_told` is `default` with that share as its `contamination`. `stability` fits twice on the same rows, with
-different seeds, and correlates the scores of the test rows (Spearman). Every run is a line of the CSV file, appended
-once it is done; a second start does only what is missing, and without --data only prints.
+anomalies into the training rows and tests on the same other rows; `default_told` is `default` with that share as its
+`contamination`. `stability` fits twice on the same rows, with different seeds, and correlates the scores of the test
+rows (Spearman). Every run is a line of the CSV file, appended once it is done; a second start does only what is
+missing, and without --data only prints.
 """
 
 from __future__ import annotations
