@@ -326,36 +326,47 @@ def test_declared_anomalies_are_not_learned():
     assert auroc(scores[0], strange) > max(0.99, auroc(scores[1], strange) + 0.05)
 
 
-def test_declared_anomalies_of_small_tables_are_left_out_of_every_fold():
+def test_declared_anomalies_of_small_tables_are_left_out_of_every_fold(monkeypatch):
+    from vae_model.training import Trainer
+
+    lengths, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda *args, **all: lengths.append(all["num_rows"]) or train(*args, **all))
     table, _ = crowd(400, 20)
     bundle = fit(table, CONFIG, TrainingConfig(max_steps=10, contamination=0.05))
     assert bundle.calibration.num_rows == 400
-    assert bundle.card["training"]["num_left_out"] == pytest.approx(400 * (1 - 0.9**2), abs=3)
+    num_suspects = bundle.card["training"]["num_suspects"]
+    assert num_suspects == pytest.approx(400 * (1 - 0.9**2), abs=3)
+    # A tenth of the rows that a network learns from is held out of its training.
+    kept = 400 - num_suspects
+    assert lengths[0] == pytest.approx(0.9 * 400 * 0.9, abs=3)
+    assert lengths[1:6] == [pytest.approx(0.9 * 0.8 * kept, abs=15)] * 5
+    assert sum(lengths[1:6]) == pytest.approx(0.9 * 4 * kept, abs=5)
+    assert lengths[6:] == [pytest.approx(0.9 * kept, abs=1)]
 
 
-def test_the_strangest_are_left_out_twice_and_calibrate_all_the_same():
+def test_the_strangest_are_left_out_twice_but_not_of_calibration():
     table, strange = crowd(2400, 120)
     training = TrainingConfig(max_steps=600)
     steps, split = steps_of(table, training)
     steps.leave_out_strangest(0.1)
     roles = split.roles(table, 0)
     learned = roles < CALIBRATION
-    assert steps.left_out is not None
-    assert steps.left_out[learned].mean() == pytest.approx(1 - 0.9**2, abs=0.002)
-    assert not steps.left_out[~learned].any()
-    assert steps.left_out[learned & strange].mean() > 0.95
+    assert steps.suspects is not None
+    assert steps.suspects[learned].mean() == pytest.approx(1 - 0.9**2, abs=0.002)
+    assert not steps.suspects[~learned].any()
+    assert steps.suspects[learned & strange].mean() > 0.95
     passed = [len(block["present"]) for block in steps._shuffled(np.random.default_rng(0))]
-    assert sum(passed) == steps.num_train == (~steps.left_out & (roles == TRAIN)).sum()
-    assert len(steps._validation()["present"]) == (~steps.left_out & (roles == VALIDATION)).sum()
+    assert sum(passed) == steps.num_train == (~steps.suspects & (roles == TRAIN)).sum()
+    assert len(steps._validation()["present"]) == (~steps.suspects & (roles == VALIDATION)).sum()
 
 
 def test_few_rows_lose_some_and_never_all():
     training = TrainingConfig(max_steps=10, contamination=0.4, calibration_fraction=0.5)
     bundle = fit(numbers(60), CONFIG, training)
     training_card = bundle.card["training"]
-    assert 0 < training_card["num_left_out"] < bundle.statistics.num_rows / 2
+    assert 0 < training_card["num_suspects"] < bundle.statistics.num_rows / 2
     assert np.isfinite(bundle.history[-1]["val_loss"])
-    assert f"{training_card['num_left_out']} rows left out as suspects" in training_facts(bundle)["training"]
+    assert f"{training_card['num_suspects']} suspects left out" in training_facts(bundle)["training"]
 
 
 def test_columns_alone_cost_what_their_frequencies_say():
@@ -364,13 +375,14 @@ def test_columns_alone_cost_what_their_frequencies_say():
     x = rng.exponential(size=n)
     level = rng.choice(["a", "b", "c"], n, p=[0.7, 0.25, 0.05])
     missing = rng.random(n) < 0.1
-    table = pa.table({"x": x, "level": level, "gap": pa.array(rng.normal(size=n), mask=missing)})
+    flag = rng.random(n) < 0.02
+    gap = pa.array(rng.normal(size=n), mask=missing)
+    table = pa.table({"x": x, "level": level, "gap": gap, "flag": flag.astype(int)})
     steps, _ = steps_of(table, TrainingConfig())
     nll = independent_nll(table, steps.schema)
     counts = pd.Series(level).value_counts()
     expected = -np.log(counts[level].to_numpy() / n) - np.log(np.where(missing, missing.mean(), 1 - missing.mean()))
-    gap = np.where(missing, np.nan, table["gap"].to_numpy())
-    for column in (x, gap):
+    for column in (x, np.where(missing, np.nan, table["gap"].to_numpy()), flag.astype(float)):
         scores = norm.ppf((rankdata(column, nan_policy="omit") - 0.5) / np.isfinite(column).sum())
         expected += 0.5 * np.nan_to_num(scores) ** 2
     difference = nll - expected

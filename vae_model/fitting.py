@@ -56,7 +56,6 @@ _NUM_FOLDS = 5
 _SHUFFLED_BYTES = 32 << 20
 _NUM_GOLDEN = 16
 _MAX_LEFT_OUT = 0.2  # share of rows that one look at contaminated data may take for anomalies
-_MAX_NORMAL_SCORE = 5.0
 
 
 def fit(
@@ -160,7 +159,7 @@ class _Steps:
     num_train: int
     checkpoint: str | None = None
     resume: bool = False
-    left_out: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on
+    suspects: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on
 
     def leave_out_strangest(self, share: float) -> None:
         """Learns from rows that contain fewer anomalies: leaves the strangest out, twice the same share.
@@ -168,9 +167,9 @@ class _Steps:
         First by what each column says alone, where a cluster of anomalies shows that a network would learn; then by
         a network that was trained on the others.
         """
-        self._leave_out("columns alone", share, partial(independent_nll, schema=self.schema))
+        self._leave_out("suspects by column", share, partial(independent_nll, schema=self.schema))
         scorer = self._first_network()
-        self._leave_out("first network", share, lambda table: scorer.score(self._encode(table)).score)
+        self._leave_out("suspects by network", share, lambda table: scorer.score(self._encode(table)).score)
 
     def _leave_out(self, stage: str, share: float, strangeness: Callable[[pa.Table], np.ndarray]) -> None:
         """Leaves out the rows above the quantile `1 - share` of what `strangeness` says of a table's rows, `(n,)`."""
@@ -184,11 +183,11 @@ class _Steps:
                 table = table.select(self.schema.names).filter(pa.array(rows))
                 found[start + np.flatnonzero(rows)] = strangeness(table)
             self.report(stage, end, n, {})
-        left_out = roles == LEFT_OUT
+        suspects = np.zeros(n, bool) if self.suspects is None else self.suspects
         for role in (TRAIN, VALIDATION):  # each by its own quantile, which leaves it at least one row
             if (rows := roles == role).any():
-                left_out |= rows & (found > np.quantile(found[rows], 1 - share))
-        self.left_out, self.num_train = left_out, int(((roles == TRAIN) & ~left_out).sum())
+                suspects = suspects | (rows & (found > np.quantile(found[rows], 1 - share)))
+        self.suspects, self.num_train = suspects, int(((roles == TRAIN) & ~suspects).sum())
         vars(self).pop("_cached", None)  # holds the rows that were learned from before
 
     def _first_network(self) -> ElboScorer:
@@ -223,7 +222,7 @@ class _Steps:
         return calibrate(np.concatenate(scores), np.concatenate(nll)), pa.concat_tables(examples)
 
     def cross_conformal(self) -> Bundle:
-        """Every row is scored by a model that was not trained on it; the final model trains on all (Vovk, 2015)."""
+        """Every row is scored by a model that was not trained on it; the last is trained on all kept (Vovk, 2015)."""
         table = pa.concat_tables(table for _, table in self._scan(None))
         n = table.num_rows
         kept = self._kept(n)
@@ -307,7 +306,7 @@ class _Steps:
             card={
                 "training": {
                     **trained.summary,
-                    "num_left_out": 0 if self.left_out is None else int(self.left_out.sum()),
+                    "num_suspects": 0 if self.suspects is None else int(self.suspects.sum()),
                 }
             },
             history=trained.history,
@@ -318,20 +317,20 @@ class _Steps:
     # ---- rows ----------------------------------------------------------------------------------
 
     def _scan(self, role: int | None, blocks: Sequence[Block] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """The features of rows that have a role (None: all but those left out), each part with where it ends."""
+        """The features of rows that have a role (None: all but those labelled), each part with where it ends."""
         for start, table in self.tables.scan(self._columns, blocks):
             keep = self.split.roles(table, start) != LEFT_OUT if role is None else self._roles(table, start) == role
             yield start + table.num_rows, table.select(self.schema.names).filter(pa.array(keep))
 
     def _roles(self, table: pa.Table, start: int) -> np.ndarray:
         roles = self.split.roles(table, start)
-        if self.left_out is None:
+        if self.suspects is None:
             return roles
-        return np.where(self.left_out[start : start + table.num_rows], LEFT_OUT, roles)
+        return np.where(self.suspects[start : start + table.num_rows], LEFT_OUT, roles)
 
     def _kept(self, num_rows: int) -> np.ndarray:
-        """Positions of the rows to learn from among all."""
-        return np.arange(num_rows) if self.left_out is None else np.flatnonzero(~self.left_out)
+        """Positions of the rows to learn from among all: of a table without a label, which goes with no suspects."""
+        return np.arange(num_rows) if self.suspects is None else np.flatnonzero(~self.suspects)
 
     @property
     def _columns(self) -> list[str]:
@@ -392,13 +391,14 @@ def _joined(parts: list[Arrays]) -> Arrays:
 def independent_nll(table: pa.Table, schema: TableSchema) -> np.ndarray:
     """`(n,)` nats of rows whose columns had nothing to do with each other, but for a constant.
 
-    Numbers cost their normal scores, levels and missing values their frequency, times nothing.
+    Numbers cost half the square of their ranks' normal scores, levels and missing values their frequency, times
+    nothing.
     """
     inputs = encode(table, schema, ("quantile",)).inputs
     nll = inputs["fixed_nll"].sum(axis=1)
-    if schema.numeric:
-        scores = np.clip(inputs["numbers"], -_MAX_NORMAL_SCORE, _MAX_NORMAL_SCORE)
-        nll += 0.5 * np.square(scores).sum(axis=1)
+    for j, number in enumerate(schema.numeric):
+        # Not standardised: a number that is hardly ever other than 0 would cost far more than the flag that it is.
+        nll += 0.5 * np.square(number.normal_scores(inputs["numbers"][:, j])) * inputs["present"][:, j]
     for j, category in enumerate(schema.learned_categories):
         of_class = -np.log(np.append(1.0, category.class_probabilities))  # class 0: in fixed_nll, or missing
         nll += of_class[inputs["categories"][:, j]]

@@ -74,8 +74,8 @@ def training_facts(bundle: Bundle) -> dict[str, str]:
         network, first = f"{config.num_members} members, each {network}", "; of the first member"
     early = ", stopped early" if training["stopped_early"] else ""
     steps = f"{training['steps']:,} steps of {training['batch_size']} rows, best at {training['best_step']:,}{early}"
-    if num_left_out := training.get("num_left_out"):
-        steps += f"; {num_left_out:,} rows left out as suspects"
+    if num_suspects := training.get("num_suspects"):
+        steps += f"; {num_suspects:,} suspects left out"
     parts = f"reconstruction {training['val_reconstruction_loss']:.3f} + KL {training['val_kl_loss']:.3f}"
     return {
         "network": network,

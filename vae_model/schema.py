@@ -123,6 +123,11 @@ class NumericFeature(Feature):
         """Standardised normal scores `(n,)` of the values' ranks among the training values."""
         return _interpolate(values, *self._curve, *self.edge_scores)
 
+    def normal_scores(self, standardised: np.ndarray) -> np.ndarray:
+        """Normal scores of ranks, of any shape, from what `quantile` makes of values: their square is what it says."""
+        low, high = self.edge_scores
+        return (standardised - low) * (2 * _EDGE_SCORE / (high - low)) - _EDGE_SCORE
+
     def from_standard(self, z: np.ndarray) -> np.ndarray:
         """Values of z-scores, kept within the training values."""
         beyond = np.maximum(np.abs(z) / _LINEAR_STDDEVS - 1, 0)
