@@ -44,7 +44,7 @@ def test_fit_inspect_score_and_evaluate_work_together(labelled, tmp_path, capsys
     assert "always north" in out
 
     found = load_bundle(bundle).config  # a flag outweighs the quality, which sets the rest
-    assert (found.hidden_dims, found.latent_dim, found.num_samples) == ((32, 32), 8, 2)
+    assert (found.hidden_dims, found.latent_dim, found.num_samples) == ((32, 32), 8, 1)
 
     assert beam_vae.main(["inspect", bundle]) == 0
     assert "nats for false positive rate 0.01" in capsys.readouterr().out
