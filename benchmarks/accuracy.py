@@ -55,7 +55,7 @@ NUM_PUBLISHED = 4  # shown table by table; the means are of all
 
 
 def fit_ours(quality: str, seed: int, train: pa.Table, contamination: float | None = None) -> Bundle:
-    """The public fit with its defaults."""
+    """The public fit with its defaults, told the share of anomalies in `train` where one is given."""
     from vae_model import TrainingConfig, fit
 
     return fit(train, training=TrainingConfig(seed=seed, contamination=contamination), quality=quality)

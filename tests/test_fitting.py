@@ -2,6 +2,7 @@ import dataclasses
 import logging
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -330,7 +331,12 @@ def test_declared_anomalies_of_small_tables_are_left_out_of_every_fold(monkeypat
     from vae_model.training import Trainer
 
     lengths, train = [], Trainer.train
-    monkeypatch.setattr(Trainer, "train", lambda *args, **all: lengths.append(all["num_rows"]) or train(*args, **all))
+
+    def count(trainer: Trainer, **options: Any) -> object:
+        lengths.append(options["num_rows"])
+        return train(trainer, **options)
+
+    monkeypatch.setattr(Trainer, "train", count)
     table, _ = crowd(400, 20)
     bundle = fit(table, CONFIG, TrainingConfig(max_steps=10, contamination=0.05))
     assert bundle.calibration.num_rows == 400

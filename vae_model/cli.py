@@ -95,7 +95,7 @@ def _add_fit(commands: Any) -> None:
         ("kl_warmup", float, "Share of the steps over which the KL term fades in."),
         ("patience", int, "Validations without gain before stopping."),
         ("false_positive_rate", float, "Share of normal rows labelled anomalous."),
-        ("contamination", float, "Share of anomalies in the data: for the threshold, and to learn from fewer."),
+        ("contamination", float, "Share of anomalies in the data: sets the threshold; suspects are not learned."),
         ("buffer_mib", int, "Memory for shuffling."),
         ("strategy", str, "mirrored: train on all GPUs of the machine."),
         ("precision", str, "Of the hidden layers in training; mixed_bfloat16 for accelerators."),

@@ -139,7 +139,7 @@ class TrainingConfig(_Config):
         false_positive_rate: Share of normal rows labelled anomalous, which sets the threshold.
         contamination: Share of anomalies expected in the data; sets the threshold instead. Training then leaves out
             the strangest rows, twice: by each column alone, and by a first network; each time twice this share, at
-            most 20 %. The same `false_positive_rate` sets the same threshold and learns from all rows.
+            most 20 %. Given as `false_positive_rate`, the same share sets the same threshold and no row is left out.
         buffer_mib: Encoded rows held and shuffled at a time; tables that fit are read once.
         no_examples: Keep no real row in the bundle: the golden rows are then synthetic.
         seed: Of weights, shuffling, splits and the score's noise.

@@ -159,7 +159,7 @@ class _Steps:
     num_train: int
     checkpoint: str | None = None
     resume: bool = False
-    suspects: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on
+    suspects: np.ndarray | None = None  # (rows of the table,) bool: neither trained nor validated on; None: no row
 
     def leave_out_strangest(self, share: float) -> None:
         """Learns from rows that contain fewer anomalies: leaves the strangest out, twice the same share.
@@ -172,7 +172,10 @@ class _Steps:
         self._leave_out("suspects by network", share, lambda table: scorer.score(self._encode(table)).score)
 
     def _leave_out(self, stage: str, share: float, strangeness: Callable[[pa.Table], np.ndarray]) -> None:
-        """Leaves out the rows above the quantile `1 - share` of what `strangeness` says of a table's rows, `(n,)`."""
+        """Adds to the suspects: rows above the quantile `1 - share` of `strangeness`, table to `(n,)`, high is strange.
+
+        Rows that calibrate and earlier suspects are neither ranked nor added.
+        """
         n = self.tables.num_rows
         roles, found = np.full(n, LEFT_OUT, np.int8), np.zeros(n, np.float32)
         for start, table in self.tables.scan(self._columns):
@@ -199,8 +202,14 @@ class _Steps:
         return self._train(self.num_train, self._shuffled, self._validation(), "first network", num_members=1).scorer
 
     def held_out(self) -> Bundle:
-        saved = {"checkpoint": self.checkpoint, "resume": self.resume}
-        trained = self._train(self.num_train, self._shuffled, self._validation(), "training", **saved)
+        trained = self._train(
+            self.num_train,
+            self._shuffled,
+            self._validation(),
+            "training",
+            checkpoint=self.checkpoint,
+            resume=self.resume,
+        )
         calibration, examples = self._calibrate(trained)
         return self._finish(trained, calibration, examples)
 
@@ -279,6 +288,7 @@ class _Steps:
         from vae_model.model import member_weights
 
         training = self.training
+        num_suspects = 0 if self.suspects is None else int(self.suspects.sum())
         if training.contamination is not None:
             threshold = calibration.threshold(training.contamination, "contamination")
         else:
@@ -303,12 +313,7 @@ class _Steps:
             threshold=threshold,
             statistics=self.statistics,
             golden=golden.combine_chunks(),
-            card={
-                "training": {
-                    **trained.summary,
-                    "num_suspects": 0 if self.suspects is None else int(self.suspects.sum()),
-                }
-            },
+            card={"training": {**trained.summary, "num_suspects": num_suspects}},
             history=trained.history,
         )
         bundle.golden = bundle.score(bundle.golden)
@@ -323,6 +328,7 @@ class _Steps:
             yield start + table.num_rows, table.select(self.schema.names).filter(pa.array(keep))
 
     def _roles(self, table: pa.Table, start: int) -> np.ndarray:
+        """`Split.roles`, where suspects are left out."""
         roles = self.split.roles(table, start)
         if self.suspects is None:
             return roles

@@ -91,7 +91,7 @@ class Trainer:
                 end in their numbers.
             resume: Go on from the checkpoints, if there are any: the weights become those of a run without
                 interruption.
-            num_members: Instead of the configuration's.
+            num_members: Networks to train, instead of the configuration's number.
 
         Raises:
             TrainingError: The loss is no longer finite.
