@@ -37,7 +37,7 @@ from rich.table import Table
 
 from benchmarks.data import make_table, write_table
 
-PLAIN = {"hidden_dims": (64, 32), "latent_dim": 8, "views": ("standard",), "num_samples": 1}
+PLAIN = {"hidden_dims": (64, 32), "latent_dim": 8, "views": ("standard",), "num_samples": 1, "prior": "normal"}
 
 
 # ---- contenders: each scores `source` into `output` with the model in `folder`, and returns nothing ----

@@ -14,6 +14,7 @@ from scipy.stats import norm, rankdata, wilcoxon
 import vae_model
 from benchmarks import accuracy, calibration, tables
 from benchmarks.accuracy import Results, average_ranks, measure, read_published, signed_rank_p
+from benchmarks.from_npz import convert
 from benchmarks.peers import Fitted, Method, MidRanks, Preparation, quantile, standard
 from benchmarks.runs import Runs, run_all
 
@@ -114,6 +115,17 @@ def test_tables_that_cannot_be_used_are_told(tmp_path):
 
 
 # ---- what detectors are given ----------------------------------------------------------------------
+
+
+def test_arrays_become_tables_row_by_row(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(30, 3)), np.arange(30) % 7 == 0
+    np.savez(tmp_path / "12_some.table.npz", X=x, y=y.astype(float))
+    path = convert(tmp_path / "12_some.table.npz", tmp_path)
+    assert path.name == "some.table.parquet"
+    table = tables.read_table(path)
+    np.testing.assert_allclose(table.rows.to_pandas().to_numpy(), x, rtol=1e-6)
+    assert table.rows.column_names == ["x00", "x01", "x02"]
+    np.testing.assert_array_equal(table.anomalous, y)
 
 
 def test_fit_never_sees_a_label(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ BAD = [
     (VAEConfig, "background", 1, "a number in (0, 1), got 1"),
     (VAEConfig, "num_samples", 0, "a whole number > 0, got 0"),
     (VAEConfig, "num_samples", True, "a whole number > 0, got True"),
-    (VAEConfig, "prior", "uniform", "'normal' or 'mixture', got 'uniform'"),
+    (VAEConfig, "prior", "uniform", "'normal' or 'aggregate' or 'mixture', got 'uniform'"),
     (VAEConfig, "num_components", 0, "a whole number > 0, got 0"),
     (VAEConfig, "num_members", 1.5, "a whole number > 0, got 1.5"),
     (TrainingConfig, "max_steps", 0, "a whole number > 0, got 0"),
@@ -60,6 +60,7 @@ def test_a_quality_is_a_configuration_with_some_values_changed():
     assert VAEConfig.of_quality("default") == VAEConfig.of_quality() == VAEConfig()
     best = VAEConfig.of_quality("best", num_members=2)
     assert (best.prior, best.num_members) == ("mixture", 2)
+    assert (VAEConfig.of_quality("fast").prior, VAEConfig().prior) == ("normal", "aggregate")
     assert VAEConfig.of_quality("fast").hidden_dims < VAEConfig().hidden_dims
     with pytest.raises(ValueError, match=r"^quality: expected 'fast' or 'default' or 'best', got 'better'$"):
         VAEConfig.of_quality("better")

@@ -9,11 +9,12 @@ from scipy import special, stats
 from vae_model.config import VAEConfig
 from vae_model.encoding import encode
 from vae_model.model import build_members, build_vae, member_weights
+from vae_model.priors import AggregatePrior
 from vae_model.schema import choose_kinds, infer_schema
 from vae_model.scoring import ElboScorer
 from vae_model.statistics import TableStatistics
 
-CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, embedding_dim=2)
+CONFIG = VAEConfig(hidden_dims=(8,), latent_dim=2, embedding_dim=2, prior="normal")
 
 
 def schema_of(table):
@@ -91,6 +92,66 @@ def test_the_score_under_a_learned_prior_is_minus_the_elbo_of_its_draws():
         ]
         kl.append(-special.logsumexp(log_p, axis=0))
     kl = np.mean(kl, axis=0) - stats.norm(z_mean, stddev).entropy().sum(axis=1)
+    np.testing.assert_allclose(scores.kl, kl, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.score, scores.column_nll.sum(axis=1) + scores.kl, rtol=1e-6)
+
+
+def clustered_posteriors(rng, n):
+    """Means and log variances of rows in two narrow clusters and a few anywhere."""
+    place = rng.choice([-2.0, 2.0], size=(n, 1)) + 0.1 * rng.normal(size=(n, 2))
+    place[: n // 20] = rng.normal(size=(n // 20, 2))
+    return place.astype(np.float32), rng.normal(-6, 0.1, (n, 2)).astype(np.float32)
+
+
+def test_an_aggregate_prior_is_the_mixture_that_validation_rows_find_likeliest():
+    rng = np.random.default_rng(1)
+    rows, validation = clustered_posteriors(rng, 50), clustered_posteriors(rng, 800)
+    prior = AggregatePrior(50, 2)
+    prior.fit(rows, validation, seed=0)
+    means, log_vars, log_weights = (np.float64(part) for part in prior.components())
+    np.testing.assert_array_equal(means[:-1], rows[0])
+    assert not means[-1].any()
+    assert not log_vars[-1].any()
+    assert np.exp(log_weights).sum() == pytest.approx(1, abs=1e-5)
+    z = validation[0] + np.exp(0.5 * validation[1]) * rng.standard_normal((800, 2))
+
+    def log_likelihood(widening, share):
+        stddev = np.sqrt(np.exp(np.float64(rows[1])) + widening**2)
+        near = special.logsumexp(stats.norm.logpdf(z[:, None], rows[0], stddev).sum(axis=2), axis=1) - np.log(50)
+        far = stats.norm.logpdf(z).sum(axis=1)
+        return np.logaddexp(np.log(share) + near, np.log1p(-share) + far).mean()
+
+    components = zip(log_weights, means, log_vars, strict=True)
+    found = [w + stats.norm.logpdf(z, m, np.exp(0.5 * v)).sum(axis=1) for w, m, v in components]
+    best = max(log_likelihood(widening, share) for widening in (0, 0.05, 0.1, 0.2, 0.5) for share in (0.8, 0.95, 0.99))
+    assert special.logsumexp(found, axis=0).mean() > best - 0.01
+    assert best > log_likelihood(0, 0.5) + 0.1  # the oracle itself: it matters which
+
+
+def test_an_aggregate_prior_of_fewer_rows_than_components_takes_them_again():
+    prior, zeros = AggregatePrior(5, 2), np.zeros((2, 2), np.float32)
+    prior.fit((np.array([[1, 1], [2, 2]], np.float32), zeros), (zeros, zeros), seed=0)
+    means, _, log_weights = prior.components()
+    np.testing.assert_array_equal(means[:, 0], [1, 2, 1, 2, 1, 0])
+    assert np.isfinite(log_weights).all()
+
+
+def test_the_score_under_an_aggregate_prior_is_minus_the_elbo_of_its_draws():
+    networks, inputs = mixed_model(dataclasses.replace(CONFIG, prior="aggregate", num_components=30))
+    posteriors = clustered_posteriors(np.random.default_rng(2), 30)
+    networks.prior.fit(posteriors, posteriors, seed=0)
+    noise = np.random.default_rng(4).standard_normal((3, 2)).astype(np.float32)
+    scores = ElboScorer([networks], noise).score(inputs)
+    z_mean, z_log_var = (np.float64(part) for part in networks.encoder.predict(inputs, verbose=0))
+    stddev, kl = np.exp(0.5 * z_log_var), 0
+    for eps in noise:
+        z = z_mean + stddev * eps
+        log_p = [
+            w + stats.norm.logpdf(z, m, np.exp(0.5 * v)).sum(axis=1)
+            for m, v, w in zip(*networks.prior.components(), strict=True)
+        ]
+        kl -= special.logsumexp(log_p, axis=0) / len(noise)
+    kl -= stats.norm(z_mean, stddev).entropy().sum(axis=1)
     np.testing.assert_allclose(scores.kl, kl, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(scores.score, scores.column_nll.sum(axis=1) + scores.kl, rtol=1e-6)
 

@@ -8,7 +8,7 @@ from benchmarks.network import save_network
 from vae_model import TrainingConfig, VAEConfig, fit
 from vae_model.encoding import encode
 
-PLAIN = {"hidden_dims": (8, 4), "latent_dim": 2, "num_samples": 1, "views": ("standard",)}
+PLAIN = {"hidden_dims": (8, 4), "latent_dim": 2, "num_samples": 1, "views": ("standard",), "prior": "normal"}
 
 
 def test_a_saved_network_scores_as_its_bundle(mixed_table, tmp_path):

@@ -71,8 +71,9 @@ def trained(run) -> TrainedModel:
 
 @pytest.fixture(scope="module")
 def mixed_networks(bundle) -> Networks:
-    networks = build_vae(bundle.schema, bundle.config)
-    networks.load_weights(bundle.weights)
+    """Those of the bundle, under the prior that trained them."""
+    networks = build_vae(bundle.schema, dataclasses.replace(bundle.config, prior="normal"))
+    networks.load_weights({path: bundle.weights[path] for path in networks.weights})
     return networks
 
 
@@ -249,6 +250,19 @@ SMALL = {"max_steps": 30, "calibration_fraction": 0.2, "patience": None}
 @pytest.fixture(scope="module")
 def version(table) -> str:
     return fit(table, CONFIG, TrainingConfig(**SMALL)).model_version
+
+
+def test_an_aggregate_prior_leaves_the_network_as_it_is_and_lowers_held_out_scores(run, validation):
+    plain, aggregate = (run(dataclasses.replace(CONFIG, prior=name), max_steps=400) for name in ("normal", "aggregate"))
+    weights = aggregate.members[0].weights
+    for path, value in plain.members[0].weights.items():
+        np.testing.assert_array_equal(weights[path], value)
+    assert set(weights) - set(plain.members[0].weights) == {
+        f"aggregate_prior/{name}" for name in ("means", "log_vars", "log_weights")
+    }
+    plain_scores, aggregate_scores = (trained.scorer.score(validation) for trained in (plain, aggregate))
+    np.testing.assert_array_equal(aggregate_scores.column_nll, plain_scores.column_nll)
+    assert aggregate_scores.kl.mean() < plain_scores.kl.mean() - 0.05
 
 
 def test_the_same_seed_gives_the_same_model(table, version):

@@ -27,6 +27,7 @@ def _is_share(value: object) -> bool:
 
 
 NUM_SEEDS = 2**32  # that Keras takes
+PRIORS = ("normal", "aggregate", "mixture")
 _COUNT, _SHARE = "a whole number > 0", "a number in (0, 1)"
 
 
@@ -63,8 +64,9 @@ class VAEConfig(_Config):
             change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
             are drawn in antithetic pairs.
-        prior: p(z): "normal", N(0, I), whose KL term is closed, or "mixture", of the encodings of pseudo-inputs.
-        num_components: Gaussians in such a mixture.
+        prior: p(z): "normal", N(0, I), whose KL term is closed; "aggregate", which trains with that and scores under
+            its mixture with the encodings of training rows; or "mixture", of the encodings of learned pseudo-inputs.
+        num_components: Encodings in such a mixture.
         num_members: Networks trained alike from other first weights; the score is the mean of theirs.
     """
 
@@ -76,8 +78,8 @@ class VAEConfig(_Config):
     min_stddev: float = 0.03
     background: float = 1e-4
     input_clip: float = 5.0
-    num_samples: int = 4
-    prior: str = "normal"
+    num_samples: int = 2
+    prior: str = "aggregate"
     num_components: int = 400
     num_members: int = 1
 
@@ -103,7 +105,7 @@ class VAEConfig(_Config):
         _require("embedding_dim", self.embedding_dim, _is_whole(self.embedding_dim), _COUNT)
         _require("num_samples", self.num_samples, _is_whole(self.num_samples), _COUNT)
         _require("beta", self.beta, _is_number(self.beta) and self.beta >= 0, "a number >= 0")
-        _require("prior", self.prior, self.prior in ("normal", "mixture"), "'normal' or 'mixture'")
+        _require("prior", self.prior, self.prior in PRIORS, " or ".join(map(repr, PRIORS)))
         for name in ("num_components", "num_members"):
             _require(name, getattr(self, name), _is_whole(getattr(self, name)), _COUNT)
         for name in ("min_stddev", "input_clip"):
@@ -114,9 +116,9 @@ class VAEConfig(_Config):
 
 # What `--quality` chooses; docs/accuracy.md has what each is worth and costs.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": {"hidden_dims": (64, 32), "latent_dim": 8, "num_samples": 1},
+    "fast": {"hidden_dims": (64, 32), "latent_dim": 8, "num_samples": 1, "prior": "normal"},
     "default": {},
-    "best": {"prior": "mixture", "num_members": 3, "num_samples": 2},
+    "best": {"prior": "mixture", "num_members": 3},
 }
 
 

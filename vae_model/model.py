@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from vae_model.layers import (
     silu,
 )
 from vae_model.losses import kl_to_standard_normal
+from vae_model.priors import MIN_COMPONENT_LOG_VAR, AggregatePrior, MixturePrior
 from vae_model.schema import TableSchema
 
 if keras.backend.backend() != "tensorflow":
@@ -30,7 +31,6 @@ if keras.backend.backend() != "tensorflow":
         f"KERAS_BACKEND: expected tensorflow, got {keras.backend.backend()}; unset it or set it to tensorflow"
     )
 
-_MIN_COMPONENT_LOG_VAR = -6.0  # narrower ones would cost a score its last digits in float32
 LOG_VAR_RANGE = (-10.0, 4.0)  # of q(z|x): without bounds, wide sparse tables end in NaN
 
 
@@ -62,27 +62,6 @@ class VAE(keras.Model):
 
 
 @dataclass(frozen=True)
-class MixturePrior:
-    """p(z): a mixture of the encodings of pseudo-inputs."""
-
-    as_vector: EncoderInputs
-    encode: Callable[[Any], tuple[Any, Any]]  # vectors to means and log variances
-    pseudo_inputs: PseudoInputs
-    kl: MixtureKLDivergence
-
-    def start(self, inputs: dict[str, np.ndarray], seed: int) -> None:
-        """Begins with some rows of the training table, see `EncodedTable.inputs`; a little apart where they repeat."""
-        shape = tuple(self.pseudo_inputs.vectors.shape)
-        vectors = np.resize(np.asarray(self.as_vector(inputs), np.float32), shape)
-        apart = 0.01 * np.random.default_rng(seed).standard_normal(shape, np.float32)
-        self.pseudo_inputs.vectors.assign(vectors + apart)
-
-    def components(self) -> tuple[Any, Any, Any]:
-        """Means and log variances `(components, latent_dim)`, and log weights `(components,)`."""
-        return *self.encode(self.pseudo_inputs.vectors), self.kl.log_weights()
-
-
-@dataclass(frozen=True)
 class Networks:
     """The parts of one VAE, sharing weights."""
 
@@ -91,12 +70,17 @@ class Networks:
     decoder: keras.Model  # z to its last hidden layer
     likelihood: ColumnNLL
     kl: KLDivergence
-    prior: MixturePrior | None = None  # None: N(0, I)
+    prior: MixturePrior | AggregatePrior | None = None  # None: N(0, I)
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """Every weight by its path."""
-        return {weight.path: np.asarray(weight) for weight in self.vae.weights}
+        return {weight.path: np.asarray(weight) for weight in self.vae.weights} | self._prior_weights
+
+    @property
+    def _prior_weights(self) -> dict[str, np.ndarray]:
+        """Those that are not the network's."""
+        return self.prior.weights if isinstance(self.prior, AggregatePrior) else {}
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         """Sets every weight.
@@ -104,14 +88,17 @@ class Networks:
         Raises:
             ValueError: A weight is absent, left over, or of another shape.
         """
-        mine = {weight.path: weight for weight in self.vae.weights}
+        mine = {weight.path: weight for weight in self.vae.weights} | self._prior_weights
         if set(mine) != set(weights):
             odd = sorted(set(mine) ^ set(weights))
             raise ValueError(f"weights: expected those of this network, but {', '.join(odd[:3])} are in one only")
         for path, weight in mine.items():
             if tuple(weight.shape) != weights[path].shape:
                 raise ValueError(f"weights: {path}: expected shape {tuple(weight.shape)}, got {weights[path].shape}")
-            weight.assign(weights[path])
+            if isinstance(weight, np.ndarray):
+                weight[:] = weights[path]
+            else:
+                weight.assign(weights[path])
 
 
 def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Networks:
@@ -140,7 +127,7 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
 
     def encode_components(rows: Any) -> tuple[Any, Any]:
         means, log_vars = encode(rows)
-        return means, ops.maximum(log_vars, _MIN_COMPONENT_LOG_VAR)
+        return means, ops.maximum(log_vars, MIN_COMPONENT_LOG_VAR)
 
     z_mean, z_log_var = encode(vector)
     encoder = keras.Model(inputs, [z_mean, z_log_var], name="encoder")
@@ -152,12 +139,14 @@ def build_vae(schema: TableSchema, config: VAEConfig, *, seed: int = 0) -> Netwo
 
     likelihood = ColumnNLL(spec, name="likelihood")
     noise = keras.Input((latent_dim,), name="noise")
-    sample, prior = Sampling(name="sampling"), None
+    sample = Sampling(name="sampling")
+    prior: MixturePrior | AggregatePrior | None
     kl_layer: KLDivergence
-    if config.prior == "normal":
+    if config.prior != "mixture":
         kl_layer = KLDivergence(config.beta, name="kl")
         z_mean, z_log_var = kl_layer([z_mean, z_log_var])
         z, kl = sample([z_mean, z_log_var, noise]), kl_to_standard_normal(z_mean, z_log_var)
+        prior = AggregatePrior(config.num_components, latent_dim) if config.prior == "aggregate" else None
     else:
         kl_layer = MixtureKLDivergence(config.beta, name="kl")
         pseudo_inputs = PseudoInputs(config.num_components, name="pseudo_inputs")

@@ -67,7 +67,11 @@ def report(bundle: Bundle) -> str:
 def training_facts(bundle: Bundle) -> dict[str, str]:
     """What was trained, and how that went, by heading."""
     config, training = bundle.config, bundle.card["training"]
-    prior = "N(0, I)" if config.prior == "normal" else f"a mixture of {config.num_components} encodings"
+    prior = {
+        "normal": "N(0, I)",
+        "aggregate": f"N(0, I), mixed with {config.num_components:,} encodings for scores",
+        "mixture": f"a mixture of {config.num_components:,} encodings",
+    }[config.prior]
     network = f"{'-'.join(map(str, config.hidden_dims))}, {bundle.noise.shape[1]} latents, prior {prior}"
     first = ""
     if config.num_members > 1:

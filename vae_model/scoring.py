@@ -78,7 +78,7 @@ class ElboScorer:
         """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
         likelihood = self._members[0].likelihood
         prior = self._members[0].prior
-        num_components = prior.pseudo_inputs.num_rows if prior else 0
+        num_components = prior.num_components if prior else 0
         width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, num_components)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
@@ -87,7 +87,7 @@ class ElboScorer:
     @cached_property
     def _elbo_terms(self) -> Any:
         # Priors that are mixtures, as constants of the graph; None for the others.
-        mixtures = [member.prior and [part.numpy() for part in member.prior.components()] for member in self._members]
+        mixtures = [member.prior and member.prior.components() for member in self._members]
         return self._compile(lambda inputs: self._elbo_terms_eagerly(inputs, mixtures))
 
     @cached_property

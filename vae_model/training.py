@@ -19,6 +19,7 @@ import tensorflow as tf
 from vae_model import files
 from vae_model.config import NUM_SEEDS, TrainingConfig, VAEConfig
 from vae_model.model import Networks, build_vae
+from vae_model.priors import AggregatePrior, MixturePrior
 from vae_model.schema import TableSchema
 from vae_model.scoring import ElboScorer, draw_noise
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 _SEED_STRIDE = 1_000_003  # between the members of one model, so that those of two seeds differ
+_NUM_PRIOR_ROWS = 1000  # validation rows that an aggregate prior is fitted to
 _ACTIVE_VARIANCE = 0.01  # of z_mean over rows: a unit that moves less carries nothing (Burda et al., 2016)
 
 
@@ -151,9 +153,12 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         # Validates where the trained ones are not plain, and scores: in float32, on one device, as any that is loaded.
         plain = build_vae(self._schema, self._config, seed=seed)
+        some: Arrays = {}
         if plain.prior:
-            some = next(shuffled(np.random.default_rng([seed, 2])))  # any rows do
-            plain.prior.start({name: values[: self._config.num_components] for name, values in some.items()}, seed)
+            block = next(shuffled(np.random.default_rng([seed, 2])))  # any rows do
+            some = {name: values[: self._config.num_components] for name, values in block.items()}
+        if isinstance(plain.prior, MixturePrior):
+            plain.prior.start(some, seed)
         networks.load_weights(plain.weights)
         batch_size = self._batch_size(num_rows)
         max_steps = training.max_steps or default_steps(num_rows, batch_size)
@@ -189,6 +194,8 @@ class Trainer:
                 state.save(*watch.state())
         watch.restore()
         plain.load_weights(networks.weights)
+        if isinstance(plain.prior, AggregatePrior):
+            _fit_prior(plain, plain.prior, some, validation, seed)
         return watch, plain
 
     def _prepare(self, max_steps: int) -> None:
@@ -492,6 +499,14 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
         return []
     short = len(str(then)) + len(str(now)) < 100
     return [f"{where}: was {then}, is {now}" if short else f"{where} differs"]
+
+
+def _fit_prior(networks: Networks, prior: AggregatePrior, rows: Arrays, validation: Arrays, seed: int) -> None:
+    """Fits the prior of scores to a trained network: to its encodings of some training and some validation rows."""
+    num_rows = len(validation["present"])
+    chosen = np.random.default_rng(seed).permutation(num_rows)[:_NUM_PRIOR_ROWS]
+    scorer = ElboScorer([networks], np.zeros((1, networks.encoder.outputs[0].shape[-1]), np.float32))
+    prior.fit(scorer.latents(rows), scorer.latents({name: values[chosen] for name, values in validation.items()}), seed)
 
 
 def _posterior(scorer: ElboScorer, validation: Arrays) -> dict[str, Any]:
