@@ -128,12 +128,23 @@ def test_an_aggregate_prior_is_the_mixture_that_validation_rows_find_likeliest()
     assert best > log_likelihood(0, 0.5) + 0.1  # the oracle itself: it matters which
 
 
-def test_an_aggregate_prior_of_fewer_rows_than_components_takes_them_again():
+def test_an_aggregate_prior_of_fewer_rows_than_components_counts_each_alike():
     prior, zeros = AggregatePrior(5, 2), np.zeros((2, 2), np.float32)
-    prior.fit((np.array([[1, 1], [2, 2]], np.float32), zeros), (zeros, zeros), seed=0)
-    means, _, log_weights = prior.components()
-    np.testing.assert_array_equal(means[:, 0], [1, 2, 1, 2, 1, 0])
-    assert np.isfinite(log_weights).all()
+    prior.fit((np.array([[1, 1], [2, 2]], np.float32), zeros), (zeros + 1, zeros), seed=0)
+    np.testing.assert_array_equal(prior.means[:, 0], [1, 2, 1, 2, 1, 0])
+    weights = np.exp(prior.log_weights)
+    assert weights[prior.means[:, 0] == 1].sum() == pytest.approx(prior.share / 2, rel=1e-5)
+    assert weights[prior.means[:, 0] == 2].sum() == pytest.approx(prior.share / 2, rel=1e-5)
+    assert weights[-1] == pytest.approx(1 - prior.share, rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e3, 1e18])
+def test_an_aggregate_prior_of_one_validation_row_or_far_encodings_is_finite(spread):
+    far = np.full((3, 1), spread, np.float32)
+    prior = AggregatePrior(4, 1)
+    prior.fit((far, np.zeros_like(far)), (far[:1], np.zeros((1, 1), np.float32)), seed=0)
+    assert all(np.isfinite(part).all() for part in prior.components())
+    assert np.exp(prior.log_weights).sum() == pytest.approx(1, rel=1e-5)
 
 
 def test_the_score_under_an_aggregate_prior_is_minus_the_elbo_of_its_draws():

@@ -56,7 +56,9 @@ def test_levels_are_escaped(make_table, tmp_path):
 def test_the_report_says_which_network_it_is_and_whose_training_is_told(bundle, mixed_table):
     from vae_model import TrainingConfig, VAEConfig, fit
 
-    assert training_facts(bundle)["network"] == "32-32, 4 latents, prior N(0, I), mixed with 400 encodings for scores"
+    share = bundle.card["training"]["prior_share"]
+    expected = f"32-32, 4 latents, prior N(0, I), in scores {share:.0%} the encodings of 400 rows"
+    assert training_facts(bundle)["network"] == expected
     config = VAEConfig.of_quality("best", hidden_dims=(8,), latent_dim=2, num_components=7, num_members=2)
     best = fit(mixed_table.select(["length", "weight"]), config, TrainingConfig(max_steps=20))
     text = _Page(report(best)).text

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy import stats
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 
 from vae_model.schema import (
@@ -320,6 +321,26 @@ def test_normal_scores_of_the_training_rows_are_standardised():
     for values in (RNG.lognormal(size=2000), RNG.integers(0, 4, 2000)):
         scores = feature_of(values).quantile(np.asarray(values, np.float64))
         assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=0.02)
+
+
+def test_the_compressed_view_draws_tails_in_and_never_stretches_them():
+    rng = np.random.default_rng(5)
+    columns = {
+        "uniform": rng.random(3000),
+        "two modes": rng.normal(size=3000) + rng.choice([-3, 3], 3000),
+        "Student": rng.standard_t(3, 3000),
+        "lognormal": rng.lognormal(size=3000),
+        "mostly zero": np.where(rng.random(3000) < 0.9, 0.0, 1.0),
+    }
+    for name, values in columns.items():
+        feature = feature_of(values)
+        heavier = stats.kurtosis(values, fisher=False) > 3
+        assert feature.heavy_tailed == heavier == (name in ("Student", "lognormal", "mostly zero"))
+        expected = feature.quantile(values) if heavier else feature.standard(values)
+        encoded = feature.encode(values, "compressed")
+        np.testing.assert_array_equal(encoded, expected)
+        assert np.abs(encoded).max() <= np.abs(feature.standard(values)).max() + 1e-9
+        np.testing.assert_allclose(feature.decode(encoded, "compressed"), values, rtol=1e-7, atol=1e-9)
 
 
 def test_no_training_value_of_a_large_table_counts_as_beyond_the_data():

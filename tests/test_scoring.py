@@ -55,6 +55,7 @@ def ppca_bundle(q_map: np.ndarray, q_bias: np.ndarray, q_variance: np.ndarray, n
             knot_scores=(-1.0, 1.0),
             edge_scores=(-5.0, 5.0),
             quantile_resolution=0.0,
+            heavy_tailed=False,
             is_integer=False,
         )
         for name in names

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import ks_2samp
 
 from vae_model import TrainingConfig, VAEConfig, fit
 from vae_model.encoding import encode
@@ -253,16 +254,36 @@ def version(table) -> str:
 
 
 def test_an_aggregate_prior_leaves_the_network_as_it_is_and_lowers_held_out_scores(run, validation):
-    plain, aggregate = (run(dataclasses.replace(CONFIG, prior=name), max_steps=400) for name in ("normal", "aggregate"))
-    weights = aggregate.members[0].weights
-    for path, value in plain.members[0].weights.items():
-        np.testing.assert_array_equal(weights[path], value)
-    assert set(weights) - set(plain.members[0].weights) == {
-        f"aggregate_prior/{name}" for name in ("means", "log_vars", "log_weights")
-    }
-    plain_scores, aggregate_scores = (trained.scorer.score(validation) for trained in (plain, aggregate))
-    np.testing.assert_array_equal(aggregate_scores.column_nll, plain_scores.column_nll)
-    assert aggregate_scores.kl.mean() < plain_scores.kl.mean() - 0.05
+    seen, unseen = (
+        {name: values[rows] for name, values in validation.items()} for rows in (slice(250), slice(250, None))
+    )
+
+    def trained(prior: str, **training) -> TrainedModel:
+        return run(dataclasses.replace(CONFIG, prior=prior), validation=seen, max_steps=400, **training)
+
+    normal, aggregate, unfitted = trained("normal"), trained("aggregate"), trained("aggregate", no_examples=True)
+    for path, value in normal.members[0].weights.items():
+        np.testing.assert_array_equal(aggregate.members[0].weights[path], value)
+    assert aggregate.summary["prior_share"] > 0.5
+    scores, closed, by_draws = (model.scorer.score(unseen) for model in (aggregate, normal, unfitted))
+    np.testing.assert_array_equal(scores.column_nll, closed.column_nll)
+    np.testing.assert_allclose(by_draws.kl, closed.kl, rtol=1e-4, atol=1e-4)  # N(0, I), for which the draws are exact
+    assert scores.kl.mean() < closed.kl.mean() - 0.02
+    assert unfitted.summary["prior_share"] == 0
+
+
+def test_an_aggregate_prior_is_of_rows_from_all_over_a_table_that_is_read_in_order(run, inputs, validation):
+    order = np.argsort(inputs["numbers"][:NUM_TRAIN, 0])
+
+    def in_order(rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+        for rows in np.split(order, 5):
+            yield {name: values[rows] for name, values in inputs.items()}
+
+    trained = run(dataclasses.replace(CONFIG, num_components=100), shuffled=in_order, max_steps=100)
+    components = trained.members[0].weights["aggregate_prior/means"][:-1]
+    z_mean, _ = trained.scorer.latents(inputs)
+    for latent in range(2):
+        assert ks_2samp(components[:, latent], z_mean[:, latent]).pvalue > 1e-3
 
 
 def test_the_same_seed_gives_the_same_model(table, version):

@@ -27,6 +27,7 @@ def _is_share(value: object) -> bool:
 
 
 NUM_SEEDS = 2**32  # that Keras takes
+VIEWS = ("standard", "quantile", "compressed")
 PRIORS = ("normal", "aggregate", "mixture")
 _COUNT, _SHARE = "a whole number > 0", "a number in (0, 1)"
 
@@ -55,17 +56,18 @@ class VAEConfig(_Config):
         latent_dim: Latents k; None takes one per encoded input, at most 16.
         embedding_dim: Width of a category's embedding.
         beta: Weight of the KL term while training; 1 trains on the ELBO. The score always uses 1.
-        views: Encodings of a numeric column that the model reads and reconstructs: "standard"
-            (z-score) and "quantile" (normal scores). Each view's NLL counts in the column's.
+        views: Encodings of a numeric column that the model reads and reconstructs: "standard" (z-scores), "quantile"
+            (normal scores of ranks), "compressed": whichever draws the tails in, normal scores where they are heavier
+            than a Gaussian's, z-scores elsewhere. Each view's NLL counts in the column's.
         min_stddev: Floor of the learned standard deviations, in encoded units.
         background: Share of a broad background density mixed into every value's likelihood, so
             that no single cell can outweigh the rest of the row.
         input_clip: Largest size of an encoded number that the encoder is shown: a wild cell must not
             change what is expected of the other columns. Its own likelihood sees all of it.
         num_samples: Fixed noise draws S that estimate E_q[log p(x|z)] in a score; even numbers
-            are drawn in antithetic pairs.
-        prior: p(z): "normal", N(0, I), whose KL term is closed; "aggregate", which trains with that and scores under
-            its mixture with the encodings of training rows; or "mixture", of the encodings of learned pseudo-inputs.
+            are antithetic pairs of mean 0 and variance 1.
+        prior: p(z): "normal", N(0, I), whose KL term is closed; "aggregate", trained under N(0, I) and scored under a
+            mixture of it and the encodings of rows; or "mixture", of the encodings of learned pseudo-inputs.
         num_components: Encodings in such a mixture.
         num_members: Networks trained alike from other first weights; the score is the mean of theirs.
     """
@@ -74,7 +76,7 @@ class VAEConfig(_Config):
     latent_dim: int | None = None
     embedding_dim: int = 8
     beta: float = 1.0
-    views: tuple[str, ...] = ("standard", "quantile")
+    views: tuple[str, ...] = ("standard", "compressed")
     min_stddev: float = 0.03
     background: float = 1e-4
     input_clip: float = 5.0
@@ -99,8 +101,10 @@ class VAEConfig(_Config):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         dims, views = self.hidden_dims, self.views
         _require("hidden_dims", dims, isinstance(dims, tuple) and all(map(_is_whole, dims)), "whole numbers > 0")
-        known = isinstance(views, tuple) and views and set(views) <= {"standard", "quantile"}
-        _require("views", views, bool(known) and len(set(views)) == len(views), "'standard', 'quantile' or both, once")
+        known = isinstance(views, tuple) and views and set(views) <= set(VIEWS)
+        _require(
+            "views", views, bool(known) and len(set(views)) == len(views), f"some of {', '.join(VIEWS)}, each once"
+        )
         _require("latent_dim", self.latent_dim, self.latent_dim is None or _is_whole(self.latent_dim), _COUNT)
         _require("embedding_dim", self.embedding_dim, _is_whole(self.embedding_dim), _COUNT)
         _require("num_samples", self.num_samples, _is_whole(self.num_samples), _COUNT)
@@ -143,7 +147,8 @@ class TrainingConfig(_Config):
             the strangest rows, twice: by each column alone, and by a first network; each time twice this share, at
             most 20 %. Given as `false_positive_rate`, the same share sets the same threshold and no row is left out.
         buffer_mib: Encoded rows held and shuffled at a time; tables that fit are read once.
-        no_examples: Keep no real row in the bundle: the golden rows are then synthetic.
+        no_examples: Keep no real row in the bundle: the golden rows are then synthetic, and an aggregate prior stays
+            N(0, I).
         seed: Of weights, shuffling, splits and the score's noise.
         strategy: "mirrored" trains on all GPUs of the machine at once, each on its part of every batch.
         precision: "mixed_bfloat16" trains the hidden layers in bfloat16, for accelerators that are faster

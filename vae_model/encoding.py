@@ -113,7 +113,7 @@ def _encode_numbers(
             if not complete:
                 block = np.where(there, block, feature.mean)
             for v, view in enumerate(views):
-                encoded = feature.standard(block) if view == "standard" else feature.quantile(block)
+                encoded = feature.encode(block, view)
                 place = v * len(schema.numeric) + j
                 inputs["numbers"][rows, place] = encoded if complete else np.where(there, encoded, 0)
 

@@ -75,11 +75,12 @@ class Networks:
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """Every weight by its path."""
-        return {weight.path: np.asarray(weight) for weight in self.vae.weights} | self._prior_weights
+        own = {weight.path: np.asarray(weight) for weight in self.vae.weights}
+        return own | {path: weight.copy() for path, weight in self._prior_weights.items()}
 
     @property
     def _prior_weights(self) -> dict[str, np.ndarray]:
-        """Those that are not the network's."""
+        """Those that are not the network's, to be changed in place."""
         return self.prior.weights if isinstance(self.prior, AggregatePrior) else {}
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
@@ -211,15 +212,11 @@ def likelihood_spec(schema: TableSchema, config: VAEConfig) -> LikelihoodSpec:
         # claim to be sharper.
         return max(config.min_stddev, resolution / math.sqrt(12))
 
-    resolutions = {
-        "standard": [feature.resolution for feature in schema.numeric],
-        "quantile": [feature.quantile_resolution for feature in schema.numeric],
-    }
     positions = {name: position for position, name in enumerate(schema.names)}
     return LikelihoodSpec(
         num_features=len(schema.features),
         num_numeric=len(schema.numeric),
-        stddev_floors=[floor(resolution) for view in config.views for resolution in resolutions[view]],
+        stddev_floors=[floor(f.resolution_of(view)) for view in config.views for f in schema.numeric],
         angle_features=[positions[f.name] for f in schema.timestamps for _ in f.parts],
         max_kappas=[floor(resolution) ** -2 for f in schema.timestamps for resolution in f.resolutions],
         class_probabilities=[f.class_probabilities.tolist() for f in schema.learned_categories],

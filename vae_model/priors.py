@@ -15,7 +15,9 @@ from vae_model.losses import gaussian_nll, mixture_log_density
 MIN_COMPONENT_LOG_VAR = -6.0  # narrower ones would cost a score its last digits in float32
 _WIDENINGS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  # tried; added to an encoding's standard deviations, in squares
 _SHARES = (0.01, 0.99)  # of encodings in an aggregate prior, least and greatest
-_NUM_DRAWS, _NUM_EM_STEPS, _BLOCK_CELLS = 4, 20, 1 << 16
+_NUM_DRAWS, _NUM_EM_STEPS, _BLOCK_CELLS = 4, 20, 1 << 22
+
+Posteriors = tuple[np.ndarray, np.ndarray]  # means and log variances, `(n, latent_dim)`
 
 
 @dataclass(frozen=True)
@@ -46,60 +48,68 @@ class MixturePrior:
 
 
 class AggregatePrior:
-    """p(z) of a score: N(0, I), which trained, mixed with the encodings of training rows, the aggregate posterior.
+    """p(z) of a score: N(0, I), under which the network was trained, mixed with the encodings q(z|x) of some rows.
 
-    Of all priors the aggregate posterior makes the mean ELBO greatest (Tomczak and Welling, 2018, equation 6). Any
-    p(z) gives an ELBO, and the network stays as the closed KL divergence trained it. How wide each encoding is made,
-    and the share of N(0, I), are those that validation rows find likeliest.
+    They estimate the aggregate posterior, which of all priors makes the mean ELBO greatest (Tomczak and Welling, 2018,
+    equation 6). Any p(z) gives an ELBO. How wide each encoding is made and the share of N(0, I) are those that other
+    rows find likeliest. Before `fit` it is N(0, I).
 
     Args:
-        num_components: Encodings of rows.
+        num_rows: Rows whose encodings are components.
         latent_dim: Latents k.
+
+    Attributes:
+        means: `(num_rows + 1, latent_dim)`, the last of N(0, I); `log_vars` likewise, `log_weights (num_rows + 1,)`.
+        share: Of the encodings in the mixture.
+        widening: Standard deviation by which each encoding is made wider, in squares.
     """
 
-    def __init__(self, num_components: int, latent_dim: int) -> None:
-        shape = (num_components + 1, latent_dim)  # the last is N(0, I)
-        self.weights = {
-            "aggregate_prior/means": np.zeros(shape, np.float32),
-            "aggregate_prior/log_vars": np.zeros(shape, np.float32),
-            "aggregate_prior/log_weights": np.full(shape[:1], -math.log(shape[0]), np.float32),
-        }
+    def __init__(self, num_rows: int, latent_dim: int) -> None:
+        self.means = np.zeros((num_rows + 1, latent_dim), np.float32)
+        self.log_vars = np.zeros_like(self.means)
+        self.log_weights = np.full(num_rows + 1, -math.log(num_rows + 1), np.float32)
+        self.share = self.widening = 0.0
 
     @property
     def num_components(self) -> int:
         """Gaussians, N(0, I) included."""
-        return len(self.weights["aggregate_prior/means"])
+        return len(self.means)
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """The arrays by path, to be kept with the network's; to change one is to change the prior."""
+        return {f"aggregate_prior/{name}": getattr(self, name) for name in ("means", "log_vars", "log_weights")}
 
     def components(self) -> list[np.ndarray]:
-        """Means and log variances `(components + 1, latent_dim)`, and log weights `(components + 1,)`."""
-        return list(self.weights.values())
+        """Means and log variances `(components, latent_dim)`, and log weights `(components,)`."""
+        return [self.means, self.log_vars, self.log_weights]
 
-    def fit(self, rows: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+    def fit(self, rows: Posteriors, validation: Posteriors, seed: int) -> None:
         """Sets the components.
 
         Args:
-            rows: `z_mean` and `z_log_var (n, latent_dim)` of training rows; taken several times where they are few.
-            validation: Those of validation rows.
-            seed: Of the draws of the validation rows' q(z|x).
+            rows: `z_mean` and `z_log_var (n, latent_dim)` of rows; each counts alike, also where they are too few.
+            validation: Those of other rows.
+            seed: Of the draws of their q(z|x).
         """
-        means, log_vars, log_weights = self.weights.values()
-        num_rows = len(means) - 1
-        row_means, row_log_vars = (np.resize(part, means[1:].shape) for part in rows)
-        equal = np.full(num_rows, -math.log(num_rows), np.float32)
+        num_rows, n = len(self.means) - 1, len(rows[0])
+        means, log_vars = (np.resize(part, self.means[1:].shape) for part in rows)
+        places = np.arange(num_rows) % n
+        equal = -np.log(min(n, num_rows) * np.bincount(places)[places]).astype(np.float32)
         z_mean, z_log_var = validation
         noise = np.random.default_rng(seed).standard_normal((_NUM_DRAWS, *z_mean.shape), np.float32)
         z = (z_mean + np.exp(0.5 * z_log_var) * noise).reshape(-1, z_mean.shape[1])
-        blocks = np.array_split(z, math.ceil(z.size / _BLOCK_CELLS))
+        blocks = np.array_split(z, math.ceil(len(z) * num_rows / _BLOCK_CELLS))
         log_normal = -np.asarray(gaussian_nll(z, 0.0, 0.0)).sum(axis=1)
         best = -math.inf
         for widening in _WIDENINGS:
-            wider = np.maximum(np.log(np.exp(row_log_vars) + np.float32(widening**2)), MIN_COMPONENT_LOG_VAR)
-            log_rows = np.concatenate([np.asarray(mixture_log_density(x, row_means, wider, equal)) for x in blocks])
+            wider = np.maximum(np.log(np.exp(log_vars) + np.float32(widening**2)), MIN_COMPONENT_LOG_VAR)
+            log_rows = np.concatenate([np.asarray(mixture_log_density(block, means, wider, equal)) for block in blocks])
             share, log_likelihood = _likeliest_share(log_rows, log_normal)
             if log_likelihood > best:
-                best = log_likelihood
-                means[:num_rows], log_vars[:num_rows] = row_means, wider
-                log_weights[:num_rows], log_weights[num_rows] = equal + math.log(share), math.log1p(-share)
+                best, self.share, self.widening = log_likelihood, share, widening
+                self.means[:-1], self.log_vars[:-1] = means, wider
+                self.log_weights[:-1], self.log_weights[-1] = equal + math.log(share), math.log1p(-share)
 
 
 def _likeliest_share(log_p: np.ndarray, log_other: np.ndarray) -> tuple[float, float]:

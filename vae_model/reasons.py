@@ -145,8 +145,7 @@ class Explainer:
         direction = np.empty(len(rows), bool)
         for v, view in enumerate(self.views):
             cells = np.flatnonzero(strangest == v)
-            to_value = feature.from_quantile if view == "quantile" else feature.from_standard
-            values[:, cells] = to_value((mean[cells, v] + low_to_high * stddev[v]).astype(np.float64))
+            values[:, cells] = feature.decode((mean[cells, v] + low_to_high * stddev[v]).astype(np.float64), view)
             direction[cells] = deviations[cells, v] >= 0
         text = _number_text(values.ravel(), feature)
         low, expected, high = (text.slice(i * len(rows), len(rows)) for i in range(3))

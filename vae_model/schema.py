@@ -29,6 +29,7 @@ MIN_CLASS_ROWS = 3
 _NUM_KNOTS = 257
 _EDGE_SCORE = 5.2  # normal score of a value beyond all training values, as in scikit-learn
 _LINEAR_STDDEVS = 10.0  # z-scores beyond are compressed to their logarithm, so that 1e300 stays finite
+_GAUSSIAN_KURTOSIS = 3.0
 _DAY = 86_400_000_000
 
 
@@ -82,6 +83,7 @@ class NumericFeature(Feature):
         knot_scores: Standardised normal score of each knot; values between are interpolated.
         edge_scores: Scores of values below and above all knots.
         quantile_resolution: Typical gap between neighbouring values, as a normal score.
+        heavy_tailed: Whether the z-scores' kurtosis is above a Gaussian's.
         is_integer: Whether the column's type holds whole numbers.
     """
 
@@ -95,6 +97,7 @@ class NumericFeature(Feature):
     knot_scores: tuple[float, ...]
     edge_scores: tuple[float, float]
     quantile_resolution: float
+    heavy_tailed: bool
     is_integer: bool
 
     @property
@@ -105,19 +108,25 @@ class NumericFeature(Feature):
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.knots), np.array(self.knot_scores)
 
+    def by_rank(self, view: str) -> bool:
+        """Whether a view, see `VAEConfig`, is that of normal scores; else it is that of z-scores."""
+        return view == "quantile" or (view == "compressed" and self.heavy_tailed)
+
+    def encode(self, values: np.ndarray, view: str) -> np.ndarray:
+        """What the network reads `(n,)`."""
+        return self.quantile(values) if self.by_rank(view) else self.standard(values)
+
+    def decode(self, encoded: np.ndarray, view: str) -> np.ndarray:
+        """Values of what the network reads, within the training values."""
+        return self.from_quantile(encoded) if self.by_rank(view) else self.from_standard(encoded)
+
+    def resolution_of(self, view: str) -> float:
+        """Typical gap between neighbouring values, as the network reads them."""
+        return self.quantile_resolution if self.by_rank(view) else self.resolution
+
     def standard(self, values: np.ndarray) -> np.ndarray:
         """z-scores `(n,)`, logarithmic beyond ten standard deviations; finite for finite values."""
-        with np.errstate(over="ignore"):
-            z = (
-                values / self.stddev - self.mean / self.stddev
-                if self.stddev > 1
-                else (values - self.mean) / self.stddev
-            )
-        if max(z.max(initial=0), -z.min(initial=0)) > _LINEAR_STDDEVS:
-            wild = np.abs(z) > _LINEAR_STDDEVS
-            size = np.minimum(np.abs(z[wild]), np.finfo(np.float64).max)
-            z[wild] = np.copysign(_LINEAR_STDDEVS * (1 + np.log(size / _LINEAR_STDDEVS)), z[wild])
-        return z
+        return _z_scores(values, self.mean, self.stddev)
 
     def quantile(self, values: np.ndarray) -> np.ndarray:
         """Standardised normal scores `(n,)` of the values' ranks among the training values."""
@@ -142,6 +151,16 @@ class NumericFeature(Feature):
         """Values of standardised normal scores, within the training values."""
         knots, knot_scores = self._curve
         return _interpolate(scores, knot_scores, knots)
+
+
+def _z_scores(values: np.ndarray, mean: float, stddev: float) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = values / stddev - mean / stddev if stddev > 1 else (values - mean) / stddev
+    if max(z.max(initial=0), -z.min(initial=0)) > _LINEAR_STDDEVS:
+        wild = np.abs(z) > _LINEAR_STDDEVS
+        size = np.minimum(np.abs(z[wild]), np.finfo(np.float64).max)
+        z[wild] = np.copysign(_LINEAR_STDDEVS * (1 + np.log(size / _LINEAR_STDDEVS)), z[wild])
+    return z
 
 
 def _interpolate(x: np.ndarray, xs: np.ndarray, ys: np.ndarray, *edges: float) -> np.ndarray:
@@ -510,9 +529,11 @@ def _numeric(base: dict[str, Any], column: NumericStatistics, kind: pa.DataType)
     knots, scores = points[chosen], (scores[chosen] - mean) / spread
     with np.errstate(over="ignore"):
         gap = np.median(np.diff(points)) / stddev
+    centre = column.mean if np.isfinite(column.mean) else float(column.quantiles.quantile(0.5))
+    z = np.clip(_z_scores(points, centre, stddev), -_LINEAR_STDDEVS, _LINEAR_STDDEVS)
     return NumericFeature(
         **base,
-        mean=column.mean if np.isfinite(column.mean) else float(column.quantiles.quantile(0.5)),
+        mean=centre,
         stddev=stddev,
         minimum=column.minimum,
         maximum=column.maximum,
@@ -521,6 +542,7 @@ def _numeric(base: dict[str, Any], column: NumericStatistics, kind: pa.DataType)
         knot_scores=tuple(scores.tolist()),
         edge_scores=(float(edges[0] - mean) / spread, float(edges[1] - mean) / spread),
         quantile_resolution=float(np.median(np.diff(scores))),
+        heavy_tailed=bool(np.average(z**4, weights=weights) > _GAUSSIAN_KURTOSIS),
         is_integer=pa.types.is_integer(kind),
     )
 

@@ -130,6 +130,7 @@ class Trainer:
             "num_training_rows": num_rows,
             **watches[0].summary(),
             "val_losses": [watch.summary()["val_loss"] for watch in watches],
+            **_prior_facts(members[0]),
             **_posterior(scorer, validation),
         }
         return TrainedModel(members, scorer, watches[0].history, summary)
@@ -153,12 +154,8 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         # Validates where the trained ones are not plain, and scores: in float32, on one device, as any that is loaded.
         plain = build_vae(self._schema, self._config, seed=seed)
-        some: Arrays = {}
-        if plain.prior:
-            block = next(shuffled(np.random.default_rng([seed, 2])))  # any rows do
-            some = {name: values[: self._config.num_components] for name, values in block.items()}
         if isinstance(plain.prior, MixturePrior):
-            plain.prior.start(some, seed)
+            plain.prior.start(self._some(shuffled, seed), seed)
         networks.load_weights(plain.weights)
         batch_size = self._batch_size(num_rows)
         max_steps = training.max_steps or default_steps(num_rows, batch_size)
@@ -194,9 +191,35 @@ class Trainer:
                 state.save(*watch.state())
         watch.restore()
         plain.load_weights(networks.weights)
-        if isinstance(plain.prior, AggregatePrior):
-            _fit_prior(plain, plain.prior, some, validation, seed)
+        if isinstance(plain.prior, AggregatePrior) and not training.no_examples:
+            self._fit_prior(plain, plain.prior, shuffled, validation, seed)
         return watch, plain
+
+    def _some(self, shuffled: Callable[[np.random.Generator], Iterator[Arrays]], seed: int) -> Arrays:
+        """Training rows, as many as a mixture has components; of a streamed table not from all over it."""
+        block = next(shuffled(np.random.default_rng([seed, 2])))
+        return {name: values[: self._config.num_components].copy() for name, values in block.items()}
+
+    def _fit_prior(
+        self,
+        networks: Networks,
+        prior: AggregatePrior,
+        shuffled: Callable[[np.random.Generator], Iterator[Arrays]],
+        validation: Arrays,
+        seed: int,
+    ) -> None:
+        """Fits the prior of scores to the encodings of a trained network.
+
+        The components are validation rows, which come from all over a table, or, where these are few, training rows,
+        of a table so small that it is shuffled as a whole.
+        """
+        order = np.random.default_rng(seed).permutation(len(validation["present"]))
+        rows, num_rows = None, self._config.num_components
+        if len(order) >= 2 * num_rows:
+            rows, order = {name: values[order[:num_rows]] for name, values in validation.items()}, order[num_rows:]
+        fitted_to = {name: values[order[:_NUM_PRIOR_ROWS]] for name, values in validation.items()}
+        scorer = ElboScorer([networks], draw_noise(1, networks.encoder.outputs[0].shape[-1], seed))
+        prior.fit(scorer.latents(rows or self._some(shuffled, seed)), scorer.latents(fitted_to), seed)
 
     def _prepare(self, max_steps: int) -> None:
         """A new optimizer's state; its graph is another one where its schedule is."""
@@ -501,12 +524,10 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
     return [f"{where}: was {then}, is {now}" if short else f"{where} differs"]
 
 
-def _fit_prior(networks: Networks, prior: AggregatePrior, rows: Arrays, validation: Arrays, seed: int) -> None:
-    """Fits the prior of scores to a trained network: to its encodings of some training and some validation rows."""
-    num_rows = len(validation["present"])
-    chosen = np.random.default_rng(seed).permutation(num_rows)[:_NUM_PRIOR_ROWS]
-    scorer = ElboScorer([networks], np.zeros((1, networks.encoder.outputs[0].shape[-1]), np.float32))
-    prior.fit(scorer.latents(rows), scorer.latents({name: values[chosen] for name, values in validation.items()}), seed)
+def _prior_facts(networks: Networks) -> dict[str, float]:
+    """What an aggregate prior was fitted to."""
+    prior = networks.prior
+    return {"prior_share": prior.share, "prior_widening": prior.widening} if isinstance(prior, AggregatePrior) else {}
 
 
 def _posterior(scorer: ElboScorer, validation: Arrays) -> dict[str, Any]:
