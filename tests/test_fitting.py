@@ -418,6 +418,7 @@ def test_no_examples_keeps_no_real_row(without_examples):
     golden = without_examples.golden.select(["x0", "x1", "x2"]).to_pylist()
     assert len(golden) == 16
     assert not any(tuple(row.values()) in rows for row in golden)
+    assert not without_examples.weights["aggregate_prior/means"].any()  # an encoding tells that its row was there
 
 
 def test_synthetic_golden_rows_verify_after_save_and_load(without_examples, tmp_path):

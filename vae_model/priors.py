@@ -30,8 +30,8 @@ class MixturePrior:
     kl: MixtureKLDivergence
 
     @property
-    def num_components(self) -> int:
-        """Gaussians."""
+    def num_gaussians(self) -> int:
+        """In the mixture."""
         return self.pseudo_inputs.num_rows
 
     def start(self, inputs: dict[str, np.ndarray], seed: int) -> None:
@@ -71,8 +71,8 @@ class AggregatePrior:
         self.share = self.widening = 0.0
 
     @property
-    def num_components(self) -> int:
-        """Gaussians, N(0, I) included."""
+    def num_gaussians(self) -> int:
+        """In the mixture, N(0, I) included."""
         return len(self.means)
 
     @property

@@ -25,7 +25,7 @@ class Scores:
     Args:
         column_nll: `(n, features)` float32, E_q[-log p(x_j|z)] of every feature.
         kl: `(n,)` float32, KL(q(z|x) || p(z)); where the prior is a mixture, as the score's draws estimate it, which
-            may be a little below 0.
+            may be below 0.
     """
 
     column_nll: np.ndarray
@@ -78,8 +78,8 @@ class ElboScorer:
         """Rows at a time: fewer of wide ones, so that memory stays within bounds."""
         likelihood = self._members[0].likelihood
         prior = self._members[0].prior
-        num_components = prior.num_components if prior else 0
-        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, num_components)
+        num_gaussians = prior.num_gaussians if prior else 0
+        width = max(sum(likelihood.heads.values()), likelihood.spec.num_features, num_gaussians)
         return int(np.clip(_BATCH_CELLS // width, 64, MAX_BATCH_ROWS))
 
     # One graph for every batch size, traced on first use.

@@ -210,8 +210,8 @@ class Trainer:
     ) -> None:
         """Fits the prior of scores to the encodings of a trained network.
 
-        The components are validation rows, which come from all over a table, or, where these are few, training rows,
-        of a table so small that it is shuffled as a whole.
+        The components are validation rows, which come from all over a table, or, where these are few, training rows:
+        most such tables are shuffled as a whole.
         """
         order = np.random.default_rng(seed).permutation(len(validation["present"]))
         rows, num_rows = None, self._config.num_components
