@@ -194,12 +194,16 @@ class _Steps:
         vars(self).pop("_cached", None)  # holds the rows that were learned from before
 
     def _first_network(self) -> ElboScorer:
-        """Of one member, trained on the rows that are not left out."""
+        """Of one member, trained on the rows that are not left out.
+
+        Its prior stays N(0, I): encodings of a crowd of anomalies would vouch for the crowd.
+        """
+        options: dict[str, Any] = {"num_members": 1, "fit_prior": False}
         if self.split.cross_conformal:
             inputs = self._encode(pa.concat_tables(table for _, table in self._scan(None)))
             rows = self._kept(len(inputs["present"]))
-            return self._train_rows(inputs, rows, "first network", num_members=1).scorer
-        return self._train(self.num_train, self._shuffled, self._validation(), "first network", num_members=1).scorer
+            return self._train_rows(inputs, rows, "first network", **options).scorer
+        return self._train(self.num_train, self._shuffled, self._validation(), "first network", **options).scorer
 
     def held_out(self) -> Bundle:
         trained = self._train(

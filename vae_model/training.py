@@ -81,6 +81,7 @@ class Trainer:
         checkpoint: str | None = None,
         resume: bool = False,
         num_members: int | None = None,
+        fit_prior: bool = True,
     ) -> TrainedModel:
         """Trains on encoded rows, keeping the weights with the least validation loss.
 
@@ -94,6 +95,7 @@ class Trainer:
             resume: Go on from the checkpoints, if there are any: the weights become those of a run without
                 interruption.
             num_members: Networks to train, instead of the configuration's number.
+            fit_prior: Fit an aggregate prior to the rows; else it stays N(0, I), as with `no_examples`.
 
         Raises:
             TrainingError: The loss is no longer finite.
@@ -120,6 +122,8 @@ class Trainer:
                     on_progress(number * total + done, num_members * total, losses)
 
             watch, networks = self._train_member(seed, num_rows, shuffled, validation, report, state, resume)
+            if isinstance(networks.prior, AggregatePrior) and fit_prior and not training.no_examples:
+                self._fit_prior(networks, networks.prior, shuffled, validation, seed)
             watches.append(watch)
             members.append(networks)
         latent_dim = members[0].encoder.outputs[0].shape[-1]
@@ -191,8 +195,6 @@ class Trainer:
                 state.save(*watch.state())
         watch.restore()
         plain.load_weights(networks.weights)
-        if isinstance(plain.prior, AggregatePrior) and not training.no_examples:
-            self._fit_prior(plain, plain.prior, shuffled, validation, seed)
         return watch, plain
 
     def _some(self, shuffled: Callable[[np.random.Generator], Iterator[Arrays]], seed: int) -> Arrays:
