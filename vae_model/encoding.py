@@ -112,10 +112,13 @@ def _encode_numbers(
             complete = there.all()
             if not complete:
                 block = np.where(there, block, feature.mean)
+            encoded: dict[bool, np.ndarray] = {}  # views of a column may be the same
             for v, view in enumerate(views):
-                encoded = feature.encode(block, view)
+                by_rank = feature.by_rank(view)
+                if by_rank not in encoded:
+                    encoded[by_rank] = feature.encode(block, view)
                 place = v * len(schema.numeric) + j
-                inputs["numbers"][rows, place] = encoded if complete else np.where(there, encoded, 0)
+                inputs["numbers"][rows, place] = encoded[by_rank] if complete else np.where(there, encoded[by_rank], 0)
 
 
 def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:

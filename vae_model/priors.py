@@ -15,6 +15,7 @@ from vae_model.losses import gaussian_nll, mixture_log_density
 MIN_COMPONENT_LOG_VAR = -6.0  # narrower ones would cost a score its last digits in float32
 _WIDENINGS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  # tried; added to an encoding's standard deviations, in squares
 _SHARES = (0.01, 0.99)  # of encodings in an aggregate prior, least and greatest
+_NO_WEIGHT = -100.0  # as a log weight
 _NUM_DRAWS, _NUM_EM_STEPS, _BLOCK_CELLS = 4, 20, 1 << 22
 
 Posteriors = tuple[np.ndarray, np.ndarray]  # means and log variances, `(n, latent_dim)`
@@ -60,20 +61,22 @@ class AggregatePrior:
 
     Attributes:
         means: `(num_rows + 1, latent_dim)`, the last of N(0, I); `log_vars` likewise, `log_weights (num_rows + 1,)`.
-        share: Of the encodings in the mixture.
-        widening: Standard deviation by which each encoding is made wider, in squares.
     """
 
     def __init__(self, num_rows: int, latent_dim: int) -> None:
         self.means = np.zeros((num_rows + 1, latent_dim), np.float32)
         self.log_vars = np.zeros_like(self.means)
-        self.log_weights = np.full(num_rows + 1, -math.log(num_rows + 1), np.float32)
-        self.share = self.widening = 0.0
+        self.log_weights = np.append(np.full(num_rows, _NO_WEIGHT), 0).astype(np.float32)
 
     @property
     def num_gaussians(self) -> int:
         """In the mixture, N(0, I) included."""
         return len(self.means)
+
+    @property
+    def share(self) -> float:
+        """Of the encodings in the mixture, in [0, 1]."""
+        return -math.expm1(min(float(self.log_weights[-1]), 0.0))
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -107,7 +110,7 @@ class AggregatePrior:
             log_rows = np.concatenate([np.asarray(mixture_log_density(block, means, wider, equal)) for block in blocks])
             share, log_likelihood = _likeliest_share(log_rows, log_normal)
             if log_likelihood > best:
-                best, self.share, self.widening = log_likelihood, share, widening
+                best = log_likelihood
                 self.means[:-1], self.log_vars[:-1] = means, wider
                 self.log_weights[:-1], self.log_weights[-1] = equal + math.log(share), math.log1p(-share)
 

@@ -70,7 +70,9 @@ def training_facts(bundle: Bundle) -> dict[str, str]:
     share = training.get("prior_share", 0.0)
     prior = {
         "normal": "N(0, I)",
-        "aggregate": f"N(0, I), in scores {share:.0%} the encodings of {config.num_components:,} rows",
+        "aggregate": f"N(0, I), in scores {share:.0%} the encodings of {config.num_components:,} rows"
+        if share
+        else "N(0, I)",
         "mixture": f"a mixture of {config.num_components:,} encodings",
     }[config.prior]
     network = f"{'-'.join(map(str, config.hidden_dims))}, {bundle.noise.shape[1]} latents, prior {prior}"

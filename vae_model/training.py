@@ -134,7 +134,7 @@ class Trainer:
             "num_training_rows": num_rows,
             **watches[0].summary(),
             "val_losses": [watch.summary()["val_loss"] for watch in watches],
-            **_prior_facts(members[0]),
+            **({"prior_share": prior.share} if isinstance(prior := members[0].prior, AggregatePrior) else {}),
             **_posterior(scorer, validation),
         }
         return TrainedModel(members, scorer, watches[0].history, summary)
@@ -212,16 +212,17 @@ class Trainer:
     ) -> None:
         """Fits the prior of scores to the encodings of a trained network.
 
-        The components are validation rows, which come from all over a table, or, where these are few, training rows:
-        most such tables are shuffled as a whole.
+        The components are validation rows, which come from all over a table, or, where these are few, training rows: a
+        table with so few is usually shuffled as a whole.
         """
         order = np.random.default_rng(seed).permutation(len(validation["present"]))
         rows, num_rows = None, self._config.num_components
         if len(order) >= 2 * num_rows:
             rows, order = {name: values[order[:num_rows]] for name, values in validation.items()}, order[num_rows:]
         fitted_to = {name: values[order[:_NUM_PRIOR_ROWS]] for name, values in validation.items()}
-        scorer = ElboScorer([networks], draw_noise(1, networks.encoder.outputs[0].shape[-1], seed))
-        prior.fit(scorer.latents(rows or self._some(shuffled, seed)), scorer.latents(fitted_to), seed)
+        encoded = [networks.encoder(some, training=False) for some in (rows or self._some(shuffled, seed), fitted_to)]
+        components, others = ((z_mean.numpy(), z_log_var.numpy()) for z_mean, z_log_var in encoded)
+        prior.fit(components, others, seed)
 
     def _prepare(self, max_steps: int) -> None:
         """A new optimizer's state; its graph is another one where its schedule is."""
@@ -524,12 +525,6 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
         return []
     short = len(str(then)) + len(str(now)) < 100
     return [f"{where}: was {then}, is {now}" if short else f"{where} differs"]
-
-
-def _prior_facts(networks: Networks) -> dict[str, float]:
-    """What an aggregate prior was fitted to."""
-    prior = networks.prior
-    return {"prior_share": prior.share, "prior_widening": prior.widening} if isinstance(prior, AggregatePrior) else {}
 
 
 def _posterior(scorer: ElboScorer, validation: Arrays) -> dict[str, Any]:
