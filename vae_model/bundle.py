@@ -400,8 +400,8 @@ def read_manifest(uri: str) -> dict[str, Any]:
         raise BundleError(f"{uri}: {MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise BundleError(f"{uri}: {MANIFEST} lists no files")
-    if manifest.get("format") != FORMAT:
-        raise BundleError(f"{uri}: expected bundle format {FORMAT}, got {manifest.get('format')!r}; upgrade beam-vae")
+    if (found := manifest.get("format")) != FORMAT:
+        raise BundleError(f"{uri}: expected bundle format {FORMAT}, got {found!r}: of another version of beam-vae")
     if outside := [name for name in manifest["sha256"] if name in ("", ".", "..") or set(name) & set("/\\")]:
         raise BundleError(f"{uri}: {MANIFEST} lists {outside[0]!r}, which is no plain file name")
     return manifest

@@ -85,8 +85,8 @@ def read_pointer(uri: str) -> Pointer:
         raise PointerError(f"{uri}: is no pointer, for it is not JSON: {error}") from None
     if not isinstance(content, dict) or "current" not in content:
         raise PointerError(f"{uri}: is no pointer: it has no entry named current")
-    if content.get("format") != FORMAT:
-        raise PointerError(f"{uri}: expected pointer format {FORMAT}, got {content.get('format')!r}; upgrade beam-vae")
+    if (found := content.get("format")) != FORMAT:
+        raise PointerError(f"{uri}: expected pointer format {FORMAT}, got {found!r}: of another version of beam-vae")
     history = content.get("history", [])
     if not isinstance(history, list):
         raise PointerError(f"{uri}: history: expected a list, got {history!r}")
