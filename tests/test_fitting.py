@@ -327,6 +327,14 @@ def test_declared_anomalies_are_not_learned():
     assert auroc(scores[0], strange) > max(0.99, auroc(scores[1], strange) + 0.05)
 
 
+def test_a_few_undeclared_anomalies_do_not_vouch_for_others_like_them():
+    table, _ = crowd(2400, 24)
+    fresh, strange = crowd(4000, 400)
+    bundle = fit(table, ROBUST, TrainingConfig(max_steps=600))
+    assert bundle.card["training"]["prior_share"] > 0.3
+    assert auroc(bundle.score(fresh).column("anomaly_score").to_numpy(), strange) > 0.99
+
+
 def test_declared_anomalies_of_small_tables_are_left_out_of_every_fold(monkeypatch):
     from vae_model.training import Trainer
 

@@ -272,6 +272,22 @@ def test_an_aggregate_prior_leaves_the_network_as_it_is_and_lowers_held_out_scor
     assert unfitted.summary["prior_share"] == 0
 
 
+def test_each_member_scores_under_an_aggregate_prior_of_its_own_encodings(run, validation):
+    trained = run(dataclasses.replace(CONFIG, num_members=2, num_components=50), max_steps=100)
+    components = []
+    for member in trained.members:
+        means = member.weights["aggregate_prior/means"][:-1]
+        z_mean = ElboScorer([member], trained.scorer.noise).latents(validation)[0]
+        assert np.abs(means[:, None] - z_mean).max(axis=2).min(axis=1).max() < 1e-4  # each is a row's, by this encoder
+        components.append(means)
+    assert not np.allclose(*components, atol=0.1)
+    alone = [ElboScorer([member], trained.scorer.noise).score(validation) for member in trained.members]
+    together = trained.scorer.score(validation)
+    np.testing.assert_allclose(together.score, np.mean([terms.score for terms in alone], axis=0), rtol=1e-5, atol=1e-5)
+    split = together.column_nll.sum(axis=1) + together.kl
+    np.testing.assert_allclose(together.score, split, rtol=1e-5, atol=1e-5)
+
+
 def test_an_aggregate_prior_is_of_rows_from_all_over_a_table_that_is_read_in_order(run, inputs, validation):
     order = np.argsort(inputs["numbers"][:NUM_TRAIN, 0])
 

@@ -18,8 +18,9 @@ import tensorflow as tf
 
 from vae_model import files
 from vae_model.config import NUM_SEEDS, TrainingConfig, VAEConfig
+from vae_model.losses import kl_to_standard_normal
 from vae_model.model import Networks, build_vae
-from vae_model.priors import AggregatePrior, MixturePrior
+from vae_model.priors import AggregatePrior, MixturePrior, Posteriors
 from vae_model.schema import TableSchema
 from vae_model.scoring import ElboScorer, draw_noise
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 _SEED_STRIDE = 1_000_003  # between the members of one model, so that those of two seeds differ
 _NUM_PRIOR_ROWS = 1000  # validation rows that an aggregate prior is fitted to
+_FAR_OUT = 3  # interquartile ranges above the upper quartile: the outer fence of Tukey (1977)
 _ACTIVE_VARIANCE = 0.01  # of z_mean over rows: a unit that moves less carries nothing (Burda et al., 2016)
 
 
@@ -216,13 +218,13 @@ class Trainer:
         table with so few is usually shuffled as a whole.
         """
         order = np.random.default_rng(seed).permutation(len(validation["present"]))
-        rows, num_rows = None, self._config.num_components
+        num_rows = self._config.num_components
         if len(order) >= 2 * num_rows:
             rows, order = {name: values[order[:num_rows]] for name, values in validation.items()}, order[num_rows:]
-        fitted_to = {name: values[order[:_NUM_PRIOR_ROWS]] for name, values in validation.items()}
-        encoded = [networks.encoder(some, training=False) for some in (rows or self._some(shuffled, seed), fitted_to)]
-        components, others = ((z_mean.numpy(), z_log_var.numpy()) for z_mean, z_log_var in encoded)
-        prior.fit(components, others, seed)
+        else:
+            rows = self._some(shuffled, seed)
+        others = {name: values[order[:_NUM_PRIOR_ROWS]] for name, values in validation.items()}
+        prior.fit(_usual_posteriors(networks, rows), _usual_posteriors(networks, others), seed)
 
     def _prepare(self, max_steps: int) -> None:
         """A new optimizer's state; its graph is another one where its schedule is."""
@@ -525,6 +527,17 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
         return []
     short = len(str(then)) + len(str(now)) < 100
     return [f"{where}: was {then}, is {now}" if short else f"{where} differs"]
+
+
+def _usual_posteriors(networks: Networks, rows: Arrays) -> Posteriors:
+    """Of rows but for those whose score is far out: encodings of anomalies would vouch for others like them."""
+    inputs = {name: tf.convert_to_tensor(values) for name, values in rows.items()}
+    z_mean, z_log_var = networks.encoder(inputs, training=False)
+    column_nll = networks.likelihood(networks.decoder(z_mean, training=False), inputs)
+    score = np.asarray(tf.reduce_sum(column_nll, axis=1) + kl_to_standard_normal(z_mean, z_log_var))
+    low, high = np.quantile(score, [0.25, 0.75])
+    usual = score <= high + _FAR_OUT * (high - low)
+    return z_mean.numpy()[usual], z_log_var.numpy()[usual]
 
 
 def _posterior(scorer: ElboScorer, validation: Arrays) -> dict[str, Any]:
