@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 _SEED_STRIDE = 1_000_003  # between the members of one model, so that those of two seeds differ
 _NUM_PRIOR_ROWS = 1000  # validation rows that an aggregate prior is fitted to
-_FAR_OUT = 3  # interquartile ranges above the upper quartile: the outer fence of Tukey (1977)
+_FAR_OUT, _MAX_FAR_OUT = 3, 0.05  # interquartile ranges above the upper quartile (Tukey, 1977); share of rows
 _ACTIVE_VARIANCE = 0.01  # of z_mean over rows: a unit that moves less carries nothing (Burda et al., 2016)
 
 
@@ -530,13 +530,13 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 
 def _usual_posteriors(networks: Networks, rows: Arrays) -> Posteriors:
-    """Of rows but for those whose score is far out: encodings of anomalies would vouch for others like them."""
+    """Of rows but for the few whose score is far out: encodings of anomalies would vouch for others like them."""
     inputs = {name: tf.convert_to_tensor(values) for name, values in rows.items()}
     z_mean, z_log_var = networks.encoder(inputs, training=False)
     column_nll = networks.likelihood(networks.decoder(z_mean, training=False), inputs)
     score = np.asarray(tf.reduce_sum(column_nll, axis=1) + kl_to_standard_normal(z_mean, z_log_var))
-    low, high = np.quantile(score, [0.25, 0.75])
-    usual = score <= high + _FAR_OUT * (high - low)
+    low, high, few = np.quantile(score, [0.25, 0.75, 1 - _MAX_FAR_OUT])
+    usual = score <= max(high + _FAR_OUT * (high - low), few)
     return z_mean.numpy()[usual], z_log_var.numpy()[usual]
 
 
