@@ -66,7 +66,7 @@ def test_a_relative_bundle_is_sought_beside_its_pointer(pointer, bundle, place):
         ("\udcff", "is no pointer, for it is not JSON"),
         ("[]", "it has no entry named current"),
         ("{}", "it has no entry named current"),
-        ('{"format": 2, "current": {}}', "expected pointer format 1, got 2: of another version of beam-vae"),
+        ('{"format": 2, "current": {}}', "of another version of beam-vae: expected pointer format 1, got 2"),
         ('{"format": 1, "current": {"bundle": "v1"}}', "expected bundle, model_version and promoted_at"),
         ('{"format": 1, "current": "v1"}', "expected bundle, model_version and promoted_at in each entry, got 'v1'"),
         (

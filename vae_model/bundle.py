@@ -401,7 +401,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise BundleError(f"{uri}: {MANIFEST} lists no files")
     if (found := manifest.get("format")) != FORMAT:
-        raise BundleError(f"{uri}: expected bundle format {FORMAT}, got {found!r}: of another version of beam-vae")
+        raise BundleError(f"{uri}: of another version of beam-vae: expected bundle format {FORMAT}, got {found!r}")
     if outside := [name for name in manifest["sha256"] if name in ("", ".", "..") or set(name) & set("/\\")]:
         raise BundleError(f"{uri}: {MANIFEST} lists {outside[0]!r}, which is no plain file name")
     return manifest

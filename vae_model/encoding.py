@@ -116,9 +116,9 @@ def _encode_numbers(
             for v, view in enumerate(views):
                 by_rank = feature.by_rank(view)
                 if by_rank not in encoded:
-                    encoded[by_rank] = feature.encode(block, view)
-                place = v * len(schema.numeric) + j
-                inputs["numbers"][rows, place] = encoded[by_rank] if complete else np.where(there, encoded[by_rank], 0)
+                    found = feature.encode(block, view)
+                    encoded[by_rank] = found if complete else np.where(there, found, 0)
+                inputs["numbers"][rows, v * len(schema.numeric) + j] = encoded[by_rank]
 
 
 def _as_trained(column: pa.ChunkedArray, trained: pa.DataType) -> pa.ChunkedArray:

@@ -86,7 +86,7 @@ def read_pointer(uri: str) -> Pointer:
     if not isinstance(content, dict) or "current" not in content:
         raise PointerError(f"{uri}: is no pointer: it has no entry named current")
     if (found := content.get("format")) != FORMAT:
-        raise PointerError(f"{uri}: expected pointer format {FORMAT}, got {found!r}: of another version of beam-vae")
+        raise PointerError(f"{uri}: of another version of beam-vae: expected pointer format {FORMAT}, got {found!r}")
     history = content.get("history", [])
     if not isinstance(history, list):
         raise PointerError(f"{uri}: history: expected a list, got {history!r}")

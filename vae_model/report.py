@@ -68,11 +68,10 @@ def training_facts(bundle: Bundle) -> dict[str, str]:
     """What was trained, and how that went, by heading."""
     config, training = bundle.config, bundle.card["training"]
     share = training.get("prior_share", 0.0)
+    mixed_with = f", in scores {share:.0%} the encodings of {config.num_components:,} rows" if share else ""
     prior = {
         "normal": "N(0, I)",
-        "aggregate": f"N(0, I), in scores {share:.0%} the encodings of {config.num_components:,} rows"
-        if share
-        else "N(0, I)",
+        "aggregate": f"N(0, I){mixed_with}",
         "mixture": f"a mixture of {config.num_components:,} encodings",
     }[config.prior]
     network = f"{'-'.join(map(str, config.hidden_dims))}, {bundle.noise.shape[1]} latents, prior {prior}"

@@ -130,13 +130,14 @@ class Trainer:
             members.append(networks)
         latent_dim = members[0].encoder.outputs[0].shape[-1]
         scorer = ElboScorer(members, draw_noise(config.num_samples, latent_dim, training.seed))
+        prior = members[0].prior
         summary = {
             "max_steps": watches[0].max_steps,
             "batch_size": self._batch_size(num_rows),
             "num_training_rows": num_rows,
             **watches[0].summary(),
             "val_losses": [watch.summary()["val_loss"] for watch in watches],
-            **({"prior_share": prior.share} if isinstance(prior := members[0].prior, AggregatePrior) else {}),
+            **({"prior_share": prior.share} if isinstance(prior, AggregatePrior) else {}),
             **_posterior(scorer, validation),
         }
         return TrainedModel(members, scorer, watches[0].history, summary)
@@ -530,7 +531,10 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 
 def _usual_posteriors(networks: Networks, rows: Arrays) -> Posteriors:
-    """Of rows but for the few whose score is far out: encodings of anomalies would vouch for others like them."""
+    """`z_mean` and `z_log_var` of rows, but for the few whose score, at z = z_mean under N(0, I), is far out.
+
+    Encodings of anomalies would vouch for others like them.
+    """
     inputs = {name: tf.convert_to_tensor(values) for name, values in rows.items()}
     z_mean, z_log_var = networks.encoder(inputs, training=False)
     column_nll = networks.likelihood(networks.decoder(z_mean, training=False), inputs)
