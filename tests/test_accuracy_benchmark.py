@@ -403,6 +403,23 @@ def test_the_contamination_curve_is_paired():
     assert grid.rows[-1] == ["a, mean (tables)", "70.0", "-5.5 (2)"]
 
 
+@pytest.mark.parametrize(("method", "share", "told"), [("default_told", 0.05, 0.05), ("default", 0.05, None)])
+def test_one_method_is_told_the_share_of_anomalies(tmp_path, monkeypatch, method, share, told):
+    given = {}
+
+    def fit(table, *, training, quality):
+        given.update(rows=table.num_rows, contamination=training.contamination, quality=quality)
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(vae_model, "fit", fit)
+    monkeypatch.setattr(Method, "load", lambda method: None)
+    run = {"what": "contamination", "share": str(share), "cap": 460, "seed": 0, "method": method}
+    assert calibration.contaminated(labelled(460, 60), run)["error"] == "RuntimeError: seen enough"
+    assert given == {"rows": 211, "contamination": told, "quality": "default"}
+    with pytest.raises(SystemExit):
+        calibration.main(["--what=stability", "--methods", "default_told", f"--out={tmp_path}/runs.csv"])
+
+
 def test_stability_is_the_rank_correlation_of_two_seeds(monkeypatch):
     table = labelled(100, 10)
     scores = {4: np.arange(55.0), 5: np.arange(55.0) ** 3}
