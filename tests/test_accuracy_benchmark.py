@@ -403,8 +403,8 @@ def test_the_contamination_curve_is_paired():
     assert grid.rows[-1] == ["a, mean (tables)", "70.0", "-5.5 (2)"]
 
 
-@pytest.mark.parametrize(("method", "share", "told"), [("default_told", 0.05, 0.05), ("default", 0.05, None)])
-def test_one_method_is_told_the_share_of_anomalies(tmp_path, monkeypatch, method, share, told):
+@pytest.mark.parametrize(("method", "told"), [("default_told", 0.05), ("default", None)])
+def test_one_method_is_told_the_share_of_anomalies(monkeypatch, method, told):
     given = {}
 
     def fit(table, *, training, quality):
@@ -412,12 +412,16 @@ def test_one_method_is_told_the_share_of_anomalies(tmp_path, monkeypatch, method
         raise RuntimeError("seen enough")
 
     monkeypatch.setattr(vae_model, "fit", fit)
-    monkeypatch.setattr(Method, "load", lambda method: None)
-    run = {"what": "contamination", "share": str(share), "cap": 460, "seed": 0, "method": method}
+    monkeypatch.setattr(Method, "load", lambda method: None)  # TensorFlow, for nothing
+    run = {"what": "contamination", "share": "0.05", "cap": 460, "seed": 0, "method": method}
     assert calibration.contaminated(labelled(460, 60), run)["error"] == "RuntimeError: seen enough"
-    assert given == {"rows": 211, "contamination": told, "quality": "default"}
+    assert given == {"rows": 200 + 11, "contamination": told, "quality": "default"}  # half the normal rows, and 5 %
+
+
+def test_only_contamination_has_a_share_to_tell(tmp_path, capsys):
     with pytest.raises(SystemExit):
         calibration.main(["--what=stability", "--methods", "default_told", f"--out={tmp_path}/runs.csv"])
+    assert "default_told is for contamination alone" in capsys.readouterr().err
 
 
 def test_stability_is_the_rank_correlation_of_two_seeds(monkeypatch):
